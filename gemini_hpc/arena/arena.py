@@ -1,0 +1,180 @@
+"""The arena file: one header page, one record per half, then the halves.
+
+Area 0 holds the snapshots of the node's own rank, areas 1..m-1 the replicas of its partners. Each area is a
+double buffer (halves 0 and 1), so that one complete snapshot exists while the next is being written. Every
+record has one writer at a time: the worker for its own area while writing, the window host afterwards and for
+replicas. `safe_step` in the header is written by the agent alone.
+
+A plain mmap of a file rather than `multiprocessing.shared_memory`, whose resource tracker in Python 3.11
+unlinks a segment that other processes still use (FACTS.md section 3).
+"""
+
+import mmap
+import os
+import struct
+import zlib
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+from gemini_hpc.errors import GeminiError
+
+OWN = 0
+"""The area of the node's own rank."""
+
+_MAGIC = b"GEMARENA"
+_VERSION = 1
+_HEADER = struct.Struct("<8sIIQ32s")  # magic, version, areas, half_bytes, run id
+_SAFE = struct.Struct("<q")
+_SAFE_OFFSET = 256  # its own cache line: written while others read the header
+_RECORD = struct.Struct("<IiqqQQ")  # state, rank, step, generation, nbytes, checksum
+_CRC = struct.Struct("<I")
+_RECORD_STRIDE = 64
+_PAGE = 4096
+_TOUCH_BYTES = 16 << 20
+
+
+class ArenaError(GeminiError):
+    """The arena file is missing, foreign, damaged, or does not fit into the memory of the node."""
+
+
+class State(IntEnum):
+    FREE = 0
+    WRITING = 1
+    WRITTEN = 2  # complete, checksum not computed yet
+    SEALED = 3  # complete, checksum computed (own) or verified (replica)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a half holds. `checksum` (xxh3-64 of `nbytes` payload bytes) counts only when SEALED."""
+
+    state: State = State.FREE
+    rank: int = -1
+    step: int = -1
+    generation: int = 0
+    nbytes: int = 0
+    checksum: int = 0
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of an arena: `areas` double buffers of 2 x `snapshot_bytes`."""
+
+    areas: int
+    snapshot_bytes: int
+
+    @property
+    def half_bytes(self) -> int:
+        return -(-self.snapshot_bytes // _PAGE) * _PAGE
+
+    @property
+    def data_offset(self) -> int:
+        return _PAGE + -(-self.areas * 2 * _RECORD_STRIDE // _PAGE) * _PAGE
+
+    @property
+    def arena_bytes(self) -> int:
+        return self.data_offset + 2 * self.areas * self.half_bytes
+
+    def record_offset(self, area: int, half: int) -> int:
+        return _PAGE + (2 * area + half) * _RECORD_STRIDE
+
+    def payload_offset(self, area: int, half: int) -> int:
+        """Byte offset of a half in the file, and so the displacement in the MPI window over it."""
+        if not (0 <= area < self.areas and half in (0, 1)):
+            raise ArenaError(f"no half ({area}, {half}) in an arena of {self.areas} areas")
+        return self.data_offset + (2 * area + half) * self.half_bytes
+
+
+class Arena:
+    """An open arena. Pages stay mapped for the life of the process: a torn-down window crashes its readers."""
+
+    def __init__(self, path: Path, mapping: mmap.mmap, geometry: Geometry, run_id: str) -> None:
+        self.path = path
+        self.geometry = geometry
+        self.run_id = run_id
+        self.buffer = memoryview(mapping)
+
+    @classmethod
+    def create(cls, path: Path, geometry: Geometry, run_id: str) -> "Arena":
+        """Allocate, map and touch a new arena (mode 0600); for the agent, which must outlive all users.
+
+        Blocks for about a second per 3 GB, the cost of the page faults (FACTS.md section 2). Raises
+        ArenaError when the file exists or the memory file system is too small.
+        """
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ArenaError(f"cannot create {path}: {error.strerror}") from error
+        try:
+            os.posix_fallocate(fd, 0, geometry.arena_bytes)
+            mapping = mmap.mmap(fd, geometry.arena_bytes)
+        except OSError as error:
+            os.unlink(path)
+            raise ArenaError(f"no room for {geometry.arena_bytes} bytes at {path}: {error.strerror}") from error
+        finally:
+            os.close(fd)
+        zeros = bytes(_TOUCH_BYTES)
+        for start in range(0, geometry.arena_bytes, _TOUCH_BYTES):
+            size = min(_TOUCH_BYTES, geometry.arena_bytes - start)
+            mapping[start : start + size] = zeros[:size]
+        _HEADER.pack_into(mapping, 0, _MAGIC, _VERSION, geometry.areas, geometry.snapshot_bytes, run_id.encode()[:32])
+        arena = cls(path, mapping, geometry, run_id)
+        arena.safe_step = -1
+        for area in range(geometry.areas):
+            for half in (0, 1):
+                arena.write_record(area, half, Record())
+        return arena
+
+    @classmethod
+    def open(cls, path: Path) -> "Arena":
+        """Map an existing arena. Raises ArenaError when it is missing, foreign or of the wrong size."""
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise ArenaError(f"cannot open {path}: {error.strerror}") from error
+        try:
+            size = os.fstat(fd).st_size
+            if size < _PAGE:
+                raise ArenaError(f"{path} is too short to be an arena ({size} bytes)")
+            mapping = mmap.mmap(fd, size)
+        finally:
+            os.close(fd)
+        magic, version, areas, snapshot_bytes, run_id = _HEADER.unpack_from(mapping, 0)
+        if magic != _MAGIC or version != _VERSION:
+            raise ArenaError(f"{path} is not an arena of version {_VERSION}")
+        geometry = Geometry(areas, snapshot_bytes)
+        if geometry.arena_bytes != size:
+            raise ArenaError(f"{path} has {size} bytes, its header says {geometry.arena_bytes}")
+        return cls(path, mapping, geometry, run_id.rstrip(b"\0").decode(errors="replace"))
+
+    def payload(self, area: int, half: int) -> memoryview:
+        """Writable view of one half, `snapshot_bytes` long."""
+        start = self.geometry.payload_offset(area, half)
+        return self.buffer[start : start + self.geometry.snapshot_bytes]
+
+    def record(self, area: int, half: int) -> Record:
+        """Read a half's record; one that is torn or damaged (its own CRC) reads as FREE."""
+        start = self.geometry.record_offset(area, half)
+        raw = bytes(self.buffer[start : start + _RECORD.size + _CRC.size])
+        state, rank, step, generation, nbytes, checksum = _RECORD.unpack_from(raw)
+        (crc,) = _CRC.unpack_from(raw, _RECORD.size)
+        if crc != zlib.crc32(raw[: _RECORD.size]) or state not in State._value2member_map_:
+            return Record()
+        if nbytes > self.geometry.snapshot_bytes:
+            return Record()
+        return Record(State(state), rank, step, generation, nbytes, checksum)
+
+    def write_record(self, area: int, half: int, record: Record) -> None:
+        raw = _RECORD.pack(record.state, record.rank, record.step, record.generation, record.nbytes, record.checksum)
+        start = self.geometry.record_offset(area, half)
+        self.buffer[start : start + len(raw) + _CRC.size] = raw + _CRC.pack(zlib.crc32(raw))
+
+    @property
+    def safe_step(self) -> int:
+        """Newest step of which every rank's snapshot is verified on all its holders; -1 when there is none."""
+        return int(_SAFE.unpack_from(self.buffer, _SAFE_OFFSET)[0])
+
+    @safe_step.setter
+    def safe_step(self, step: int) -> None:
+        _SAFE.pack_into(self.buffer, _SAFE_OFFSET, step)

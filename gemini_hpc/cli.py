@@ -1,0 +1,22 @@
+"""What all command lines share: an error is one line and an exit status, the traceback only under --debug."""
+
+import sys
+import traceback
+from collections.abc import Callable
+
+from gemini_hpc.errors import GeminiError, UserError
+
+
+def run_command(command: Callable[[list[str]], int]) -> int:
+    """Call `command` with the arguments; return its exit status: 2 for bad input, 1 for a failure, 130 for Ctrl-C."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    try:
+        return command([argument for argument in arguments if argument != "--debug"])
+    except GeminiError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        return 130

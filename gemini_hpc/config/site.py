@@ -1,0 +1,109 @@
+"""Where a run lives: a machine of one's own, or a Slurm site. One YAML file per site, in site_configs/."""
+
+import getpass
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from string import Template
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from gemini_hpc.config.validation import Section, nearest, validate
+from gemini_hpc.config.yaml_text import read_yaml
+from gemini_hpc.errors import UserError
+
+SITES_DIR = Path(__file__).resolve().parents[1] / "site_configs"
+"""In a checkout a link to the top-level folder; in an installed package the files themselves."""
+
+AUTO = "auto"
+
+_ONE_LINE = r"^[^\n\r]*$"
+"""What becomes an #SBATCH line must not become two."""
+
+
+class SiteConfig(Section):
+    """A site. A setting that submitit knows has submitit's name."""
+
+    name: str = Field("local", pattern=_ONE_LINE)
+    """Name of the site, which is its file's"""
+    kind: Literal["local", "slurm"] = "local"
+    """local: virtual nodes on this machine; slurm: nodes of a Slurm allocation"""
+    runs_dir: str = Field("runs", min_length=1)
+    """folder of the run directories, on a file system that all nodes share; ~ and $VARIABLES are expanded"""
+    shm_dir: str = Field("/dev/shm", min_length=1)
+    """the memory file system of every node, for the arenas"""
+    interface: str | None = None
+    """network interface of replicas and control plane; null: the default route's"""
+    timeout_min: int = Field(1440, ge=1)
+    """time limit of the job, minutes"""
+    signal_delay_s: int = Field(120, ge=1)
+    """how long before the time limit the job is told by USR2, seconds"""
+    python: str = Field('"${GEMINI_PYTHON:-.venv/bin/python}"', min_length=1, pattern=_ONE_LINE)
+    """shell words that start Python in the job script; `submit` sets GEMINI_PYTHON to its own Python"""
+    mem_gb: float | None = Field(None, gt=0)
+    """memory of each node, GiB; null: left to the site"""
+    cpus_per_task: int | None = Field(None, ge=1)
+    """cores of each node; null: left to the site"""
+    gpus_per_node: int | None = Field(None, ge=0)
+    """GPUs of each node; null: none are asked for"""
+    call_timeout_s: float = Field(60, gt=0)
+    """bound of every call to Slurm (sbatch, squeue, scancel), seconds"""
+    slurm_partition: str | None = Field(None, pattern=_ONE_LINE)
+    """partition; null: the site's default or routing"""
+    slurm_constraint: str | None = Field(None, pattern=_ONE_LINE)
+    """features that every node must have; null: any node"""
+    slurm_account: str | None = Field(None, pattern=_ONE_LINE)
+    """account to charge; null: the user's default"""
+    slurm_setup: tuple[str, ...] = ()
+    """shell lines that run before Python is started, such as `module load`"""
+    slurm_additional_parameters: dict[str, Any] = Field(default_factory=dict)
+    """any other sbatch option by its long name; true: an option without a value, false: take ours away"""
+
+    @field_validator("runs_dir", "shm_dir")
+    @classmethod
+    def _expand(cls, path: str) -> str:
+        try:
+            return str(Path(Template(path).substitute(_variables())).expanduser())
+        except (KeyError, ValueError, RuntimeError) as unknown:
+            raise ValueError(f"cannot expand {path!r} ({unknown}): set the variable, or write the path out") from None
+
+    @field_validator("slurm_additional_parameters")
+    @classmethod
+    def _options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        for key, value in options.items():
+            one_line = isinstance(value, (bool, int, float, str)) and "\n" not in str(value)
+            if not one_line or not key.replace("-", "").replace("_", "").isalnum():
+                wrong = f"slurm_additional_parameters: {key!r}: {value!r} is no sbatch option"
+                raise ValueError(f"{wrong}: write its long name and one value")
+        return options
+
+
+def site_names() -> list[str]:
+    """Return the names of the sites that come with the package."""
+    return sorted(path.stem for path in SITES_DIR.glob("*.yaml"))
+
+
+def resolve_site(name_or_path: str) -> SiteConfig:
+    """Return the site of that name or YAML file; "auto" is Slurm where `sbatch` is found, else this machine.
+
+    Raises UserError for an unknown name (naming the nearest), and for a file that cannot be read or is wrong.
+    """
+    if name_or_path == AUTO:
+        name_or_path = "generic_slurm" if shutil.which("sbatch") else "local"
+    path = SITES_DIR / f"{name_or_path}.yaml"
+    if name_or_path not in site_names():
+        path = Path(name_or_path).expanduser()
+        if path.suffix not in (".yaml", ".yml"):
+            known = nearest(name_or_path, [AUTO, *site_names()])
+            raise UserError(f"unknown site {name_or_path!r}: {known}, or the path of a .yaml file")
+    return validate(SiteConfig, {"name": path.stem, **read_yaml(path)}, str(path))
+
+
+def _variables() -> dict[str, str]:
+    variables = dict(os.environ)
+    if "USER" not in variables:  # as in containers and cron jobs
+        with suppress(KeyError, OSError):
+            variables["USER"] = getpass.getuser()
+    return variables

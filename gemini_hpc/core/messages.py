@@ -1,0 +1,393 @@
+"""Everything the coordinator is told (events) and everything it orders (commands), and their wire form.
+
+A message is a flat frozen dataclass; on the wire it is one JSON object whose "kind" is the class name.
+Decoding checks kind, field names and types, so that a malformed message is refused whole. Times in seconds.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, get_type_hints
+
+MAX_MESSAGE_BYTES = 1 << 20
+
+
+class MessageError(ValueError):
+    """The bytes are not one of our messages."""
+
+
+_KINDS: dict[str, type["Message"]] = {}
+_TYPES: dict[str, dict[str, type]] = {}
+
+
+@dataclass(frozen=True)
+class Message:
+    """Base of all messages; subclasses are registered by their name."""
+
+    def __init_subclass__(cls) -> None:
+        _KINDS[cls.__name__] = cls
+
+    def encode(self) -> bytes:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return json.dumps({"kind": type(self).__name__, **values}, separators=(",", ":")).encode()
+
+
+def decode(raw: bytes) -> Message:
+    """Parse one message. Raises MessageError for anything that is not exactly one of ours."""
+    if len(raw) > MAX_MESSAGE_BYTES:
+        raise MessageError(f"{len(raw)} bytes, at most {MAX_MESSAGE_BYTES} are allowed")
+    try:
+        values = json.loads(raw)
+        cls = _KINDS[values.pop("kind")]
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise MessageError("not a message") from error
+    expected = _TYPES.get(cls.__name__) or _TYPES.setdefault(cls.__name__, get_type_hints(cls))
+    if values.keys() != expected.keys():
+        raise MessageError(f"{cls.__name__}: fields {sorted(values)} instead of {sorted(expected)}")
+    for name, kind in expected.items():
+        values[name] = _checked(cls.__name__, name, kind, values[name])
+    return cls(**values)
+
+
+def _checked(message: str, name: str, kind: Any, value: Any) -> Any:
+    if kind is float and type(value) is int:
+        return float(value)
+    plain = getattr(kind, "__origin__", kind)
+    if plain is tuple and isinstance(value, list):
+        return tuple(value)
+    if plain is Mapping and isinstance(value, dict):
+        return value
+    if type(value) is not plain:
+        raise MessageError(f"{message}.{name}: {type(value).__name__} instead of {plain.__name__}")
+    return value
+
+
+# --- events: what the coordinator is told -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Event(Message):
+    """Something that happened on `node` (for evidence: that happened to it)."""
+
+    node: str
+
+
+@dataclass(frozen=True)
+class Heartbeat(Event):
+    """The agent is alive and speaks to us. Sent every heartbeat_s; any other event counts as one too."""
+
+
+@dataclass(frozen=True)
+class WorkerReady(Event):
+    """A worker has built its engine over a fake group and can adopt any rank; the node's arena exists."""
+
+    built_rank: int
+    snapshot_bytes: int
+    store: str  # host:port of a fresh c10d store in this worker, for the generation it may lead as rank 0
+
+
+@dataclass(frozen=True)
+class WorkerLost(Event):
+    """The worker process is gone (pidfd), or said that it cannot go on."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Trouble(Event):
+    """A collective of `generation` failed in this worker: some peer is in trouble, this one is parked."""
+
+    generation: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Parked(Event):
+    """The worker has left the group of `generation` and holds a fresh store for the next one."""
+
+    generation: int
+    store: str
+
+
+@dataclass(frozen=True)
+class Resumed(Event):
+    """The worker is in the group of `generation` with `step` restored; which rung it took, and how long."""
+
+    generation: int
+    rank: int
+    step: int
+    rung: str
+    group_s: float
+    reset_s: float
+    restore_s: float
+
+
+@dataclass(frozen=True)
+class Stepped(Event):
+    """One optimizer update is done."""
+
+    generation: int
+    rank: int
+    step: int
+    loss: float
+    step_s: float
+    snapshot_s: float  # how long training stood still for the snapshot; -1 when none was taken
+
+
+@dataclass(frozen=True)
+class Sealed(Event):
+    """The snapshot of this node's own rank is complete and has its checksum."""
+
+    generation: int
+    rank: int
+    step: int
+    half: int
+    nbytes: int
+    checksum: int
+
+
+@dataclass(frozen=True)
+class Copied(Event):
+    """The end of a Pull or a Load: `rank`'s snapshot now lies verified in (area, half), or it does not."""
+
+    generation: int
+    rank: int
+    step: int
+    area: int
+    half: int
+    nbytes: int
+    checksum: int
+    ok: bool
+    reason: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class HostReady(Event):
+    """The node's window host has its window in MPI world `world`."""
+
+    world: int
+
+
+@dataclass(frozen=True)
+class HostLost(Event):
+    """The node's window host of MPI world `world` is gone. It owned nothing; a new world is started."""
+
+    world: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Persisted(Event):
+    """The end of a Persist: the shard's file is on the shared file system, or it is not."""
+
+    rank: int
+    step: int
+    name: str
+    nbytes: int
+    checksum: int
+    ok: bool
+    reason: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Published(Event):
+    """The end of a Publish."""
+
+    step: int
+    path: str
+    ok: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Disconnected(Event):
+    """The control connection to the node's agent broke. Soft: networks hiccup."""
+
+
+@dataclass(frozen=True)
+class NodeExited(Event):
+    """The cluster (parent process, or Slurm) says that the node's agent is gone. Hard evidence."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class WorldFailed(Event):
+    """The launcher of MPI world `world` ended."""
+
+    world: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Tick(Event):
+    """Time has passed; `node` is empty."""
+
+
+# --- within a node, and between nodes and the cluster ---------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Hello(Event):
+    """The first message of a child to its agent. `role`: worker, host or archiver; `world` for hosts."""
+
+    role: str
+    pid: int
+    world: int
+
+
+@dataclass(frozen=True)
+class Written(Event):
+    """To the window host: the worker completed the snapshot in half `half` of its own area; seal it."""
+
+    half: int
+
+
+@dataclass(frozen=True)
+class NodeUp(Event):
+    """To the cluster, and on to the coordinator: the agent of `node` listens at `endpoint`."""
+
+    endpoint: str
+
+
+# --- commands: what the coordinator orders ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Command(Message):
+    """An order to the agent of `node` (or to the cluster, where the class says so)."""
+
+    node: str
+
+
+@dataclass(frozen=True)
+class StartWorld(Command):
+    """To the cluster: launch window hosts on `members`; MPI rank = index. The old world is ended first."""
+
+    world: int
+    members: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RestartWorker(Command):
+    """End the node's worker, if there is one, and start a new one."""
+
+
+@dataclass(frozen=True)
+class Abort(Command):
+    """Drop the collectives of `generation` and park."""
+
+    generation: int
+
+
+@dataclass(frozen=True)
+class Pull(Command):
+    """Read `rank`'s snapshot from MPI rank `target` into (area, half) and verify it against `checksum`."""
+
+    generation: int
+    rank: int
+    step: int
+    source: str
+    target: int
+    source_area: int
+    source_half: int
+    area: int
+    half: int
+    nbytes: int
+    checksum: int
+    deadline_s: float
+
+
+@dataclass(frozen=True)
+class Serve(Command):
+    """A partner is about to read from this node's window: make MPI progress often for a while."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Load(Command):
+    """Read `rank`'s shard of `step` from the persistent tier into (area, half) and verify it."""
+
+    generation: int
+    rank: int
+    step: int
+    area: int
+    half: int
+    name: str
+    checksum: int
+
+
+@dataclass(frozen=True)
+class Join(Command):
+    """Enter the group of `generation` as `rank`, restore (own area, half) of `step`, train on.
+
+    `step` is FRESH (-1) when there is nothing to restore. Rank 0 serves `store`.
+    """
+
+    generation: int
+    rank: int
+    step: int
+    half: int
+    store: str
+
+
+@dataclass(frozen=True)
+class Safe(Command):
+    """Every rank's snapshot of `step` is verified on all its holders: older ones may be overwritten."""
+
+    generation: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Gone(Command):
+    """These MPI ranks are dead: never touch their windows again."""
+
+    targets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Persist(Command):
+    """Write the sealed snapshot in (area, half) to the persistent tier."""
+
+    rank: int
+    step: int
+    area: int
+    half: int
+    nbytes: int
+    checksum: int
+
+
+@dataclass(frozen=True)
+class Publish(Command):
+    """All shards of `step` are on the persistent tier: write its manifest. `files`: rank -> [name, bytes, checksum]."""
+
+    generation: int
+    step: int
+    files: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Retire(Command):
+    """You were evicted in `generation`: kill your processes and leave."""
+
+    generation: int
+
+
+@dataclass(frozen=True)
+class Finish(Command):
+    """The run is over (to every agent, and to the cluster with node "")."""
+
+    state: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Note(Command):
+    """To the event log: `event` with its fields (see telemetry)."""
+
+    event: str
+    details: Mapping[str, Any]

@@ -1,0 +1,73 @@
+"""Which replicas are missing, and whose turn it is to pull.
+
+Partners take turns: at any time at most one read is outstanding per holder, and within a pair of nodes only one
+direction, because that is the pattern of one-sided reads that survives the death of a partner (FACTS.md section
+4). The choice is a pure function of what is verified where, so a lost message or a new member needs no special
+case: what is missing is pulled.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from gemini_hpc.core.messages import Pull
+from gemini_hpc.core.placement import held_by, holders
+from gemini_hpc.core.state import Cluster, Copy
+from gemini_hpc.core.types import FRESH
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A replica that the placement asks for and that is not verified yet."""
+
+    rank: int
+    step: int
+    holder: str
+    area: int
+    source: str
+    copy: Copy
+
+
+def missing(cluster: Cluster) -> Iterator[Missing]:
+    """Yield the missing replicas of every rank's newest sealed snapshot, in rank order."""
+    rules = cluster.rules
+    keepers = holders(rules.world_size, rules.replicas)
+    areas = held_by(rules.world_size, rules.replicas)
+    for rank, owner in cluster.ranks.items():
+        step = newest_own(cluster, rank)
+        if step == FRESH:
+            continue
+        places = cluster.copies[rank, step]
+        for keeper in keepers[rank][1:]:
+            node = cluster.ranks[keeper]
+            if node not in places:
+                area = areas[keeper].index(rank)
+                yield Missing(rank, step, node, area, owner, places[owner])
+
+
+def newest_own(cluster: Cluster, rank: int) -> int:
+    """Newest step of which the rank's own node has its own sealed copy; FRESH when none."""
+    owner = cluster.ranks[rank]
+    return max((s for (r, s), places in cluster.copies.items() if r == rank and owner in places), default=FRESH)
+
+
+def turn_is_free(pulls: Mapping[str, Pull], holder: str, source: str) -> bool:
+    """Whether `holder` may start to read from `source` beside the outstanding `pulls`."""
+    if holder in pulls:
+        return False
+    opposite = pulls.get(source)
+    return opposite is None or opposite.source != holder
+
+
+def newest_safe(cluster: Cluster) -> int:
+    """Newest step whose snapshot is verified on all its holders, for every rank; FRESH when none."""
+    rules = cluster.rules
+    keepers = holders(rules.world_size, rules.replicas)
+    steps = {step for _, step in cluster.copies}
+    for step in sorted(steps, reverse=True):
+        if all(
+            cluster.ranks[keeper] in cluster.copies.get((rank, step), {})
+            for rank in cluster.ranks
+            for keeper in keepers[rank]
+        ):
+            return step
+    return FRESH

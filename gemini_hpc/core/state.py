@@ -1,0 +1,158 @@
+"""What the coordinator knows. Frozen: `coordinator.step` returns a new one."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from gemini_hpc.core.messages import Pull
+from gemini_hpc.core.types import FRESH
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The shape of the run and its bounds; never changes. Times in seconds."""
+
+    nodes: tuple[str, ...]  # in order of preference: the first world_size become active
+    world_size: int
+    replicas: int
+    total_steps: int
+    persist_every: int
+    heartbeat_timeout_s: float
+    suspect_s: float
+    leave_s: float
+    build_s: float
+    fetch_s: float
+    join_s: float
+    world_s: float
+    finish_s: float  # for the last checkpoint, after the last step
+    max_restarts: int  # of one node's worker, and of the MPI world, in a row
+    max_fruitless: int  # generations in a row that end before a step is done
+
+
+class Worker(StrEnum):
+    BUILDING = "building"  # the process is starting
+    IDLE = "idle"  # an engine is built and no group is held: can be told to join
+    BUSY = "busy"  # told to join the current generation
+
+
+class Phase(StrEnum):
+    FORMING = "forming"  # no plan: waiting for enough workers
+    GATHERING = "gathering"  # planned: survivors leave, new members fetch
+    JOINING = "joining"  # everybody was told to join
+    RUNNING = "running"
+    SAVING = "saving"  # out of spares: the newest step goes to the persistent tier before the end
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One node of the allocation."""
+
+    node: str
+    alive: bool = True
+    heard: float = -1.0  # when it last spoke; -1 = never yet
+    evidence: Mapping[str, float] = field(default_factory=dict)  # kind -> since when it is suspect for it
+    worker: Worker = Worker.BUILDING
+    worker_since: float = 0.0
+    built_rank: int = -1
+    store: str = ""
+    joined: int = 0  # the generation that its worker was last told to join
+    snapshot_bytes: int = 0  # > 0: its arena exists
+    host_world: int = 0  # the MPI world in which its window host is ready
+    restarts: int = 0
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A verified snapshot in a node's arena."""
+
+    area: int
+    half: int
+    nbytes: int
+    checksum: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a rank's snapshot comes from: tier fresh, local, peer (from `node`) or persistent."""
+
+    tier: str
+    node: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who takes which rank in a generation, and the step from which all of them go on."""
+
+    step: int
+    ranks: Mapping[int, str]
+    sources: Mapping[int, Source]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published checkpoint of the persistent tier. `files`: rank -> (name, bytes, checksum)."""
+
+    step: int
+    files: Mapping[int, tuple[str, int, int]]
+
+
+@dataclass(frozen=True)
+class World:
+    """The MPI world of the window hosts. `members[i]` is the node of MPI rank i."""
+
+    number: int = 0
+    members: tuple[str, ...] = ()
+    state: str = "none"  # none | starting | ready | lost
+    since: float = 0.0
+    failures: int = 0  # in a row
+
+
+Copies = Mapping[tuple[int, int], Mapping[str, Copy]]
+"""(rank, step) -> node -> the verified copy there."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The coordinator's whole knowledge; every field changes only in `coordinator.step`."""
+
+    rules: Rules
+    members: Mapping[str, Member]
+    phase: Phase = Phase.FORMING
+    phase_since: float = 0.0
+    generation: int = 0
+    ranks: Mapping[int, str] = field(default_factory=dict)
+    plan: Plan | None = None
+    fetched: frozenset[int] = frozenset()  # ranks whose snapshot of the plan's step lies in their own arena
+    resumed: frozenset[int] = frozenset()
+    stepped: Mapping[int, int] = field(default_factory=dict)  # rank -> newest step done in this generation
+    done_since: float = -1.0  # all ranks have done the last step
+    trouble_since: float = -1.0  # a collective of this generation failed
+    last_tick: float = -1.0
+    copies: Copies = field(default_factory=dict)
+    pulls: Mapping[str, Pull] = field(default_factory=dict)  # holder -> its one outstanding pull
+    loading: frozenset[int] = frozenset()  # ranks that were told to Load
+    safe_step: int = FRESH
+    exposed: bool = False  # recovered, and not yet safe again
+    fruitless: int = 0  # generations since the last finished step
+    world: World = World()
+    persisting: int = FRESH  # step that is being written to the persistent tier
+    files: Mapping[int, tuple[str, int, int]] = field(default_factory=dict)
+    next_persist: int = 0
+    published: Checkpoint | None = None
+    outcome: str = ""
+
+
+def new_cluster(rules: Rules, now: float, published: Checkpoint | None = None) -> Cluster:
+    """Return the state before anybody has spoken; with `published` the run resumes from that checkpoint."""
+    members = {node: Member(node, worker_since=now) for node in rules.nodes}
+    first = next_persist(rules, published.step if published else 0)
+    return Cluster(rules, members, published=published, phase_since=now, next_persist=first)
+
+
+def next_persist(rules: Rules, step: int) -> int:
+    """Return the step after `step` to persist: the next multiple of persist_every, and the last of all."""
+    if step >= rules.total_steps:
+        return rules.total_steps + 1
+    return min((step // rules.persist_every + 1) * rules.persist_every, rules.total_steps)

@@ -1,0 +1,67 @@
+"""The coordinator's knowledge in words, for `status` and the progress line."""
+
+from typing import Any
+
+from gemini_hpc.core.placement import groups
+from gemini_hpc.core.state import Cluster, Member, Phase, Worker
+
+
+def describe(cluster: Cluster, now: float) -> dict[str, Any]:
+    """Return a JSON-ready summary: phase, ranks, nodes, tiers, and by name whatever is being waited for."""
+    rules = cluster.rules
+    return {
+        "state": cluster.outcome or cluster.phase.value,
+        "generation": cluster.generation,
+        "step": min(cluster.stepped.values(), default=cluster.plan.step if cluster.plan else 0),
+        "total_steps": rules.total_steps,
+        "world_size": rules.world_size,
+        "replicas": rules.replicas,
+        "placement_groups": [list(group) for group in groups(rules.world_size, rules.replicas)],
+        "safe_step": cluster.safe_step,
+        "persistent_step": cluster.published.step if cluster.published else -1,
+        "protected": not cluster.exposed,
+        "window_world": {"number": cluster.world.number, "state": cluster.world.state},
+        "nodes": [_node(cluster, member, now) for member in cluster.members.values()],
+        "waiting_for": _waiting_for(cluster),
+        "waiting_s": round(now - cluster.phase_since, 1),
+    }
+
+
+def _node(cluster: Cluster, member: Member, now: float) -> dict[str, Any]:
+    rank = next((r for r, node in cluster.ranks.items() if node == member.node), None)
+    status = "failed" if not member.alive else "spare" if rank is None else "active"
+    return {
+        "node": member.node,
+        "status": status,
+        "rank": rank,
+        "worker": member.worker.value if member.alive else None,
+        "suspected_for": sorted(member.evidence),
+        "heard_s_ago": round(now - member.heard, 2) if member.heard >= 0 else None,
+        "restarts": member.restarts,
+    }
+
+
+def _waiting_for(cluster: Cluster) -> list[str]:
+    """Name what the cluster waits for now (I6); empty while it trains or when it is over."""
+    members, plan = cluster.members, cluster.plan
+    if cluster.phase is Phase.FORMING:
+        return [
+            f"worker of {m.node} ({m.worker.value})"
+            for m in members.values()
+            if m.worker is not Worker.IDLE and m.alive
+        ]
+    if cluster.phase is Phase.GATHERING and plan is not None:
+        fetches = [
+            f"rank {r}'s snapshot from {s.node or s.tier}" for r, s in plan.sources.items() if r not in cluster.fetched
+        ]
+        late = [node for node in plan.ranks.values() if members[node].worker is not Worker.IDLE]
+        return fetches + [f"worker of {node} ({members[node].worker.value})" for node in late]
+    if cluster.phase is Phase.JOINING:
+        return [f"rank {rank} to resume" for rank in cluster.ranks if rank not in cluster.resumed]
+    if cluster.phase is Phase.SAVING:
+        return [
+            f"rank {r} of step {cluster.persisting} on the persistent tier"
+            for r in cluster.ranks
+            if r not in cluster.files
+        ]
+    return []

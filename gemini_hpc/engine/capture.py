@@ -1,0 +1,208 @@
+"""A ZeRO-3 rank's shard: copied into a snapshot, and restored from one in place.
+
+What is copied is 12 bytes per parameter (the fp32 master copy and Adam's two moments) and the small state. The
+low-precision copy equals the master cast down, persistent parameters are gathered again, and gradients do not
+exist between steps, so none of them is stored (measured bit-exact, FACTS.md section 2).
+"""
+
+import base64
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+from gemini_hpc.arena import SnapshotIndex, TensorSpec, layout
+from gemini_hpc.errors import UserError
+
+_DTYPES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.int64: "int64",
+    torch.int32: "int32",
+    torch.uint8: "uint8",
+    torch.bool: "bool",
+}
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class Shard:
+    """The tensors and the small state that make one rank of `engine`, and their places in a snapshot."""
+
+    def __init__(self, engine: Any) -> None:
+        """Find the shard; Adam's state, which torch creates in the first step, is created now."""
+        self._engine = engine
+        self._zero = engine.optimizer
+        for flat in self._zero.fp32_partitioned_groups_flat:
+            _create_moments(self._zero.optimizer, flat)
+        self.clear_padding()
+        shapes = [(name, _DTYPES[t.dtype], tuple(t.shape)) for name, t in self._tensors().items()]
+        self.specs, self.nbytes = layout(shapes)
+
+    def clear_padding(self) -> None:
+        """Zero the padding of the last rank's master shard, which DeepSpeed leaves uninitialised."""
+        for flat, group, paddings in zip(
+            self._zero.fp32_partitioned_groups_flat,
+            self._zero.fp16_groups,
+            self._zero.groups_padding,
+            strict=True,
+        ):
+            end = 0
+            for parameter, padding in zip(group, paddings, strict=True):
+                end += parameter.partition_numel()
+                if padding > 0:
+                    flat.data[end - min(padding, parameter.partition_numel()) : end] = 0.0
+
+    def capture(self, payload: memoryview, step: int) -> None:
+        """Copy the shard, as it is after `step` updates, into `payload` (at least `nbytes` long).
+
+        Training stands still meanwhile; the cost is that of the memory copy. No collective.
+        """
+        tensors = self._tensors()
+        for spec in self.specs:
+            _view(payload, spec).copy_(tensors[spec.name])
+        self.index(step).write(payload)
+
+    def index(self, step: int) -> SnapshotIndex:
+        """Return the index of a snapshot taken now."""
+        engine = self._engine
+        return SnapshotIndex(
+            engine.global_rank, step, self._zero.partition_count, self.nbytes, self.specs, self._small_state()
+        )
+
+    def restore(self, payload: memoryview) -> int:
+        """Put a snapshot back into the live engine (all ranks); return its step.
+
+        Collective at its end: persistent parameters are gathered again. Raises GeminiError when the payload is
+        not a snapshot of this very shape.
+        """
+        index = SnapshotIndex.read(payload)
+        if index.tensors != self.specs:
+            raise UserError("the snapshot is of another model or another number of ranks; check the configuration")
+        zero = self._zero
+        zero.checkpoint_event_prologue()
+        tensors = self._tensors()
+        for spec in self.specs:
+            tensors[spec.name].copy_(_view(payload, spec))
+        for i, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            low = zero.fp16_partitioned_groups_flat[i]
+            if low.data_ptr() != flat.data_ptr():
+                low.data.copy_(flat.data)
+            zero._unflatten_partitioned_parameters(i)
+        zero.checkpoint_event_epilogue()
+        self._put_small_state(dict(index.state))
+        return index.step
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Return the shard's tensors by their names in a snapshot, in a fixed order."""
+        found: dict[str, torch.Tensor] = {}
+        for i, flat in enumerate(self._zero.fp32_partitioned_groups_flat):
+            found[f"group{i}/master"] = flat.data
+            for moment in _MOMENTS:
+                found[f"group{i}/{moment}"] = self._zero.optimizer.state[flat][moment]
+        persistent = self._engine.module.state_dict(keep_vars=True)
+        for name, buffer in self._engine.module.named_buffers():
+            if name in persistent:
+                found[f"buffer/{name}"] = buffer
+        return found
+
+    def _small_state(self) -> dict[str, Any]:
+        engine, zero = self._engine, self._zero
+        scheduler = engine.lr_scheduler
+        return {
+            "optimizer_steps": [
+                float(zero.optimizer.state[flat]["step"]) for flat in zero.fp32_partitioned_groups_flat
+            ],
+            "param_groups": [
+                {key: value for key, value in group.items() if key != "params" and _is_plain(value)}
+                for group in zero.optimizer.param_groups
+            ],
+            "loss_scaler": {k: v for k, v in vars(zero.loss_scaler).items() if isinstance(v, _PLAIN)},
+            "overflow": bool(zero.overflow),
+            "engine": {name: int(getattr(engine, name)) for name in _ENGINE_COUNTERS},
+            "lr_scheduler": scheduler.state_dict() if scheduler is not None else None,
+            "generators": _generators(),
+        }
+
+    def _put_small_state(self, state: dict[str, Any]) -> None:
+        engine, zero = self._engine, self._zero
+        for flat, count in zip(zero.fp32_partitioned_groups_flat, state["optimizer_steps"], strict=True):
+            kept = zero.optimizer.state[flat]["step"]
+            zero.optimizer.state[flat]["step"] = torch.full_like(kept, count) if torch.is_tensor(kept) else int(count)
+        for group, saved in zip(zero.optimizer.param_groups, state["param_groups"], strict=True):
+            for key, value in saved.items():
+                group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+        vars(zero.loss_scaler).update(state["loss_scaler"])
+        zero.overflow = state["overflow"]
+        zero.micro_step_id = 0
+        for name, value in state["engine"].items():
+            setattr(engine, name, value)
+        if engine.lr_scheduler is not None:
+            engine.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        _put_generators(state["generators"])
+
+
+def seed_generators(seed: int) -> None:
+    """Seed torch's, numpy's and Python's global generators."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def _generators() -> dict[str, Any]:
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "torch": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+        "python": [version, base64.b64encode(np.array(numbers, np.uint32).tobytes()).decode(), gauss],
+        "numpy": [
+            name,
+            base64.b64encode(np.asarray(keys, np.uint32).tobytes()).decode(),
+            position,
+            has_gauss,
+            cached,
+        ],
+    }
+
+
+def _put_generators(saved: dict[str, Any]) -> None:
+    raw = np.frombuffer(base64.b64decode(saved["torch"]), np.uint8).copy()
+    torch.set_rng_state(torch.from_numpy(raw))
+    version, numbers, gauss = saved["python"]
+    random.setstate((version, tuple(_uint32(numbers).tolist()), gauss))
+    name, keys, *rest = saved["numpy"]
+    np.random.set_state((name, _uint32(keys), *rest))
+
+
+def _uint32(text: str) -> "np.ndarray[Any, np.dtype[np.uint32]]":
+    return np.frombuffer(base64.b64decode(text), np.uint32).copy()
+
+
+def _create_moments(optimizer: torch.optim.Optimizer, flat: torch.Tensor) -> None:
+    """Create Adam's state as torch 2.13 does in its first step."""
+    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+        raise UserError(f"optimizer {type(optimizer).__name__} is not supported; use torch.optim.AdamW or Adam")
+    state = optimizer.state[flat]
+    if not state:
+        state["step"] = torch.tensor(0.0, dtype=torch.float32)
+        for moment in _MOMENTS:
+            state[moment] = torch.zeros_like(flat, memory_format=torch.preserve_format)
+
+
+def _view(payload: memoryview, spec: TensorSpec) -> torch.Tensor:
+    dtype = next(d for d, name in _DTYPES.items() if name == spec.dtype)
+    count = max(1, spec.nbytes // dtype.itemsize)
+    return torch.frombuffer(payload, dtype=dtype, count=count, offset=spec.offset)[: _numel(spec)].view(spec.shape)
+
+
+def _numel(spec: TensorSpec) -> int:
+    count = 1
+    for size in spec.shape:
+        count *= size
+    return count
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, _PLAIN) or (isinstance(value, (tuple, list)) and all(isinstance(v, _PLAIN) for v in value))

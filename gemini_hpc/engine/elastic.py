@@ -1,0 +1,241 @@
+"""The elastic group: a c10d backend that DeepSpeed holds for ever while the group inside it is exchanged.
+
+A collective on an `ElasticGroup` runs on its inner group: a group over gloo, or a fake one whose collectives do
+nothing, under which a worker builds its engine without any peers. c10d's interface as of torch 2.13.
+"""
+
+import datetime
+import os
+import socket
+import stat
+import threading
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import FakeProcessGroup
+from torch.distributed import ProcessGroup, ProcessGroupGloo
+from torch.distributed import distributed_c10d as c10d
+
+BACKEND = "elastic"
+
+_DELEGATED = [
+    "allreduce",
+    "allreduce_coalesced",
+    "allgather",
+    "_allgather_base",
+    "allgather_coalesced",
+    "allgather_into_tensor_coalesced",
+    "broadcast",
+    "barrier",
+    "reduce",
+    "reduce_scatter",
+    "_reduce_scatter_base",
+    "reduce_scatter_tensor_coalesced",
+    "alltoall",
+    "alltoall_base",
+    "send",
+    "recv",
+    "recv_anysource",
+    "gather",
+    "scatter",
+    "all_gather_single",
+    "reduce_scatter_single",
+    "all_to_all_single",
+    "all_gather_single_coalesced",
+    "reduce_scatter_single_coalesced",
+    "monitored_barrier",
+    "_start_coalescing",
+    "_end_coalescing",
+]
+
+
+class ElasticGroup(ProcessGroup):
+    """A process group of fixed size whose rank and inner group may change between collectives."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__(rank, size)
+        self._elastic_rank = rank
+        self._elastic_size = size
+        self.inner = _fake_group(rank, size)
+
+    def become(self, rank: int, inner: ProcessGroup) -> None:
+        self._elastic_rank = rank
+        self.inner = inner
+
+    def rank(self) -> int:
+        return self._elastic_rank
+
+    def size(self) -> int:
+        return self._elastic_size
+
+    def getBackendName(self) -> str:
+        return BACKEND
+
+    def name(self) -> str:
+        return BACKEND
+
+    def set_timeout(self, timeout: datetime.timedelta) -> None:
+        """The bound of a collective is the inner group's, set when it is made."""
+
+
+def _delegate(name: str) -> Any:
+    def call(self: ElasticGroup, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.inner, name)(*args, **kwargs)
+
+    call.__name__ = name
+    return call
+
+
+for _name in _DELEGATED:
+    setattr(ElasticGroup, _name, _delegate(_name))
+
+
+class ElasticWorld:
+    """All elastic groups of this process: swapped together, aborted together."""
+
+    def __init__(self, rank: int, size: int, address: str, timeout_s: float) -> None:
+        """Become the default process group, with nothing but a fake group inside: no peer is needed."""
+        self.rank = rank
+        self.size = size
+        self._address = address
+        self._timeout = datetime.timedelta(seconds=timeout_s)
+        self._groups: list[ElasticGroup] = []
+        self._lock = threading.Lock()
+        self._before: set[int] = set()  # sockets that are not the current group's
+        self._sockets: dict[int, int] | None = {}  # inode -> descriptor of the group's; None = being made
+        self._aborted = False
+        dist.Backend.register_backend(BACKEND, self._create, extended_api=True, devices=["cpu"])
+        dist.init_process_group(BACKEND, store=dist.HashStore(), rank=rank, world_size=size, timeout=self._timeout)
+
+    def _create(self, options: Any, _backend_options: Any = None) -> ElasticGroup:
+        if options.group_size != self.size:
+            raise NotImplementedError(
+                f"a group of {options.group_size} of {self.size} ranks: only groups of all ranks can be exchanged"
+            )
+        group = ElasticGroup(options.group_rank, options.group_size)
+        self._groups.append(group)
+        return group
+
+    def new_store(self) -> "tuple[dist.TCPStore, str]":
+        """Open a c10d store for a coming generation in this process; return it and its "host:port"."""
+        store = dist.TCPStore(self._address, 0, None, True, self._timeout, wait_for_workers=False)
+        return store, f"{self._address}:{store.port}"
+
+    def join(self, generation: int, rank: int, address: str, own: "dist.TCPStore") -> None:
+        """Put the real group of `generation` inside every elastic group (all ranks).
+
+        Rank 0 serves the store (`own`), the others reach it at `address`. Blocks until all ranks came, at most
+        the timeout; raises RuntimeError when `abort` is called meanwhile or a peer does not come.
+        """
+        with self._lock:
+            self._before = set(_connections())
+            self._sockets = None
+            self._aborted = False
+        store = own if rank == 0 else self._reach(address)
+        for index, group in enumerate(self._groups):
+            prefix = dist.PrefixStore(f"generation-{generation}/group-{index}", store)
+            group.become(rank, self._gloo_group(prefix, rank))
+        self.rank = rank
+        self._store = store  # the group's members may ask it as long as the group lives
+        with self._lock:
+            self._sockets = {i: fd for i, fd in _connections().items() if i not in self._before}
+            if self._aborted:
+                raise RuntimeError("the group was aborted while it formed")
+
+    def leave(self, rank: int | None = None) -> None:
+        """Drop the real group: a fake one takes its place, in which this process is `rank`."""
+        self.rank = self.rank if rank is None else rank
+        for group in self._groups:
+            group.become(self.rank, _fake_group(self.rank, self.size))
+            c10d._world.pg_coalesce_state.pop(group, None)  # filled when a coalesced collective failed
+        with self._lock:
+            self._sockets = {}
+        self._store = None
+
+    def agree(self, mine: bool) -> bool:
+        """Whether `mine` is true on every rank (all ranks). Raises RuntimeError when a peer is lost."""
+        answer = torch.tensor([mine], dtype=torch.int32)
+        dist.all_reduce(answer, op=dist.ReduceOp.MIN)
+        return bool(answer.item())
+
+    def abort(self) -> None:
+        """Make every collective in flight, and every later one of this group, raise; from any thread.
+
+        gloo's own abort does not wake a rank that waits for a peer which is alive but has left, or which
+        vanished without a reset of the connection (FACTS.md section 1). Shutting the sockets does.
+        """
+        with self._lock:
+            self._aborted = True
+            if self._sockets is None:  # still being made: everything opened since then belongs to it
+                doomed = {i: fd for i, fd in _connections().items() if i not in self._before}
+            else:
+                doomed = self._sockets
+            for inode, descriptor in doomed.items():
+                _shut(inode, descriptor)
+
+    @property
+    def aborted(self) -> bool:
+        return self._aborted
+
+    def _reach(self, address: str) -> "dist.TCPStore":
+        host, port = address.rsplit(":", 1)
+        return dist.TCPStore(host, int(port), None, False, self._timeout)
+
+    def _gloo_group(self, store: "dist.Store", rank: int) -> ProcessGroup:
+        options = ProcessGroupGloo._Options()
+        options._devices = [ProcessGroupGloo.create_device(hostname=self._address)]
+        options._timeout = self._timeout
+        group = ProcessGroup(store, rank, self.size)
+        backend = ProcessGroupGloo(store, rank, self.size, options)
+        backend._set_sequence_number_for_group()
+        group._set_default_backend(ProcessGroup.BackendType.GLOO)
+        group._register_backend(torch.device("cpu"), ProcessGroup.BackendType.GLOO, backend)
+        return group
+
+
+def _fake_group(rank: int, size: int) -> ProcessGroup:
+    group = ProcessGroup(dist.HashStore(), rank, size)
+    backend = FakeProcessGroup._create_internal(rank, size)
+    group._set_default_backend(ProcessGroup.BackendType.CUSTOM)
+    group._register_backend(torch.device("cpu"), ProcessGroup.BackendType.CUSTOM, backend)
+    return group
+
+
+def _connections() -> dict[int, int]:
+    """Return inode -> descriptor of this process's TCP connections; not of listeners, on which gloo would abort."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            status = os.fstat(int(name))
+            if stat.S_ISSOCK(status.st_mode) and _is_connected(int(name)):
+                found[status.st_ino] = int(name)
+        except OSError:
+            continue  # closed meanwhile
+    return found
+
+
+def _is_connected(descriptor: int) -> bool:
+    with socket.socket(fileno=os.dup(descriptor)) as probe:
+        if probe.family not in (socket.AF_INET, socket.AF_INET6):
+            return False
+        probe.getpeername()  # OSError for a listener
+        return True
+
+
+def _shut(inode: int, descriptor: int) -> None:
+    try:
+        if os.fstat(descriptor).st_ino != inode:
+            return  # the number was given to another file since
+        with socket.socket(fileno=os.dup(descriptor)) as line:
+            line.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        return  # already closed
+
+
+def is_peer_failure(error: BaseException) -> bool:
+    """Whether `error` comes from a collective whose peer is lost, rather than from the training itself."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "NCCL", "TCPStore"))

@@ -1,0 +1,52 @@
+"""The public API: what a user's entry point returns, and the one training step made from it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training effort, as a user describes it.
+
+    An entry point `build(run) -> Training` (configuration key `train.entry`) is called in every worker, on spare
+    nodes too, and again when an engine is rebuilt. It must be deterministic: all randomness comes from torch's,
+    numpy's and Python's global generators, which are seeded with `train.seed` before the call.
+
+    The training loop belongs to the library, because after a failure it goes on from an earlier step, possibly
+    as another rank. So data is a function of the step rather than an iterator.
+    """
+
+    model: torch.nn.Module
+    """The whole model, built outside `deepspeed.zero.Init` (FACTS.md section 2)."""
+
+    optimizer: torch.optim.Optimizer
+    """Adam or AdamW over the model's parameters: state that lies beside each parameter."""
+
+    config: dict[str, Any]
+    """DeepSpeed's configuration, ZeRO stage 3, without `train_batch_size`."""
+
+    loss: Callable[[torch.nn.Module, Any], torch.Tensor]
+    """loss(engine, batch): the forward pass of one micro-batch; returns a scalar tensor."""
+
+    batch: Callable[[int, int, int], Any]
+    """batch(step, rank, micro_step): a pure function, steps counted from 1; the same arguments give the same bits."""
+
+    lr_scheduler: Any = None
+    """A torch learning-rate scheduler, stepped by DeepSpeed once per optimizer update."""
+
+
+def train_step(engine: Any, training: Training, step: int, rank: int) -> float:
+    """Do optimizer update `step` (all ranks); return this rank's loss, averaged over its micro-batches.
+
+    Blocks on the collectives of the engine's group and raises what they raise when a peer is lost.
+    """
+    losses = []
+    for micro_step in range(engine.gradient_accumulation_steps()):
+        loss = training.loss(engine, training.batch(step, rank, micro_step))
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.detach().float())
+    return float(torch.stack(losses).mean())

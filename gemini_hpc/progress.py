@@ -1,0 +1,83 @@
+"""What a person sees while a run goes on in the foreground, and at its end."""
+
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from gemini_hpc.analysis import timeline
+from gemini_hpc.runtime.paths import RunPaths
+from gemini_hpc.runtime.status_file import read_status
+from gemini_hpc.telemetry import read_events
+
+RENEW_S = 0.3
+PLAIN_RENEW_S = 10.0
+"""How often a line is printed where the terminal cannot rewrite one."""
+
+
+class Progress:
+    """One line that renews itself, and a line for each recovery."""
+
+    def __init__(self, paths: RunPaths, out: TextIO) -> None:
+        self._paths, self._out = paths, out
+        self._rewrites = out.isatty()
+        self._last = 0.0
+        self._state = self._shown = ""
+        self._recovered = 0
+
+    def show(self) -> None:
+        """Renew the line, if it is time."""
+        status = read_status(self._paths)
+        state = str(status.get("state", "starting"))
+        wait_s = RENEW_S if self._rewrites else PLAIN_RENEW_S
+        if state == self._state and time.monotonic() - self._last < wait_s:
+            return
+        self._state, self._last = state, time.monotonic()
+        self._tell_recoveries()
+        line = _line(status)
+        if line != self._shown:
+            self._shown = line
+            self._out.write(f"\r\x1b[K{line}" if self._rewrites else f"{line}\n")
+            self._out.flush()
+
+    def conclude(self, log: Path) -> int:
+        """Print what came of the run; return the exit status for it."""
+        status = read_status(self._paths)
+        if self._rewrites:
+            self._out.write("\r\x1b[K")
+        found = timeline.recoveries(read_events(self._paths.run_dir))
+        if found:
+            self._out.write("\n" + timeline.table(found) + "\n\n")
+        state = status.get("state", "failed")
+        self._out.write(f"{state:<9}{status.get('reason', '')}\n".rstrip() + "\n")
+        if status.get("verdict"):
+            self._out.write(f"proof    {status['verdict']}\n")
+        if self._paths.report.exists():
+            self._out.write(f"report   {self._paths.report}\n")
+        if state != "finished":
+            self._out.write(f"logs     {self._paths.logs}; the job's own: {log}\n")
+        self._out.flush()
+        return 0 if state == "finished" else 1
+
+    def _tell_recoveries(self) -> None:
+        found = [r for r in timeline.recoveries(read_events(self._paths.run_dir)) if r.outcome == "recovered"]
+        for item in found[self._recovered :]:
+            text = f"{timeline.title(item)}: {timeline.summary(item)}, training again after {item.ms('first step'):,.0f} ms"
+            self._out.write(("\r\x1b[K" if self._rewrites else "") + text + "\n")
+        self._recovered = len(found)
+
+
+def _line(status: dict[str, Any]) -> str:
+    state = status.get("state", "starting")
+    if state == "verifying":
+        return f"proof    undisturbed reference, step {status.get('reference_step', 0)} of {status['total_steps']}"
+    if state in ("running", "joining", "gathering") and "loss" in status:
+        total = status["total_steps"]
+        parts = [
+            f"step {status['step']:>{len(str(total))}}/{total}",
+            f"loss {status['loss']:.3f}",
+            f"{status['step_s']:.2f} s a step",
+            f"safe in memory {max(status['safe_step'], 0)}, on disk {max(status['persistent_step'], 0)}",
+        ]
+        return "  ".join(parts)
+    waiting = status.get("waiting_for", [])
+    return f"{state}" + (f": waiting for {', '.join(waiting)}" if waiting else "")

@@ -1,0 +1,1 @@
+"""The loops: they read sockets and clocks, call `core`, and carry out what it orders."""

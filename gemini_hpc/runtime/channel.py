@@ -1,0 +1,71 @@
+"""The line between an agent and the processes it watches: packets on a Unix socket, one message each.
+
+A sequenced-packet socket keeps message boundaries, its end tells each side at once that the other died, and the
+kernel vouches for who speaks: only this user can open it.
+"""
+
+import os
+import socket
+from pathlib import Path
+
+from gemini_hpc.core.messages import Message, MessageError, decode
+
+MAX_PACKET_BYTES = 64 << 10
+
+
+class Channel:
+    """One end of the line. `send` may be called from any thread, `receive` from one."""
+
+    def __init__(self, line: socket.socket) -> None:
+        self._line = line
+
+    @classmethod
+    def connect(cls, path: Path) -> "Channel":
+        line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        line.connect(str(path))
+        return cls(line)
+
+    def fileno(self) -> int:
+        return self._line.fileno()
+
+    def send(self, message: Message) -> bool:
+        """Send one message; False when the other side is gone, or does not read."""
+        try:
+            self._line.send(message.encode())
+        except OSError:
+            return False
+        return True
+
+    def receive(self) -> Message | None:
+        """Wait for one message; None when the other side is gone or does not keep to the protocol."""
+        try:
+            raw = self._line.recv(MAX_PACKET_BYTES)
+            return decode(raw) if raw else None
+        except (OSError, MessageError):
+            return None
+
+    def close(self) -> None:
+        self._line.close()
+
+
+class Listener:
+    """The agent's end: accepts its children."""
+
+    def __init__(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        self._line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        mask = os.umask(0o177)
+        try:
+            self._line.bind(str(path))
+        finally:
+            os.umask(mask)
+        self._line.listen(16)
+
+    def fileno(self) -> int:
+        return self._line.fileno()
+
+    def accept(self) -> Channel:
+        """Take the next child; sending to it never blocks: one that is frozen must not freeze its agent."""
+        line, _ = self._line.accept()
+        line.setblocking(False)
+        return Channel(line)

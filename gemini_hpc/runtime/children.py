@@ -1,0 +1,48 @@
+"""Start a process of the run: marked, logged to a file, bound to its parent, watched by a pidfd."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from gemini_hpc.runtime.processes import wait_exit
+
+PARENT = "GEMINI_PARENT"
+"""The process that started this one; see `processes.die_with_parent`."""
+
+
+ATTACHED = "GEMINI_ATTACHED"
+"""The `submit` that waits for the run in the foreground; the run ends with it."""
+
+
+class Child:
+    """A process that this one started and watches."""
+
+    def __init__(self, module: str, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        """Start `python -m module arguments`; its output is appended to `log`."""
+        with open(log, "ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-u", "-m", module, *arguments],
+                env={**os.environ, **environment, PARENT: str(os.getpid())},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        self.pid = self._process.pid
+        self.pidfd = os.pidfd_open(self.pid)
+
+    def reap(self) -> str:
+        """Collect an ended process; say how it ended."""
+        code = self._process.wait()
+        os.close(self.pidfd)
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+
+    def end(self, patience_s: float = 0.0) -> None:
+        """SIGTERM if there is patience, then SIGKILL; returns when it is gone."""
+        if patience_s > 0:
+            self._process.terminate()
+            wait_exit(self.pidfd, patience_s)
+        self._process.kill()
+        self.reap()

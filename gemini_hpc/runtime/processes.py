@@ -1,0 +1,151 @@
+"""Processes of a run: how they are marked, found, bound to their parent, and ended."""
+
+import ctypes
+import fcntl
+import os
+import re
+import select
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+RUN_MARK = "GEMINI_RUN"
+NODE_MARK = "GEMINI_NODE"
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel SIGKILL this process when process `parent`, which started it, is gone."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died before the call
+        os._exit(1)
+
+
+def marked(name: str, value: str) -> list[int]:
+    """Return the processes of this user whose environment has `name`=`value`, this one excluded."""
+    return [pid for pid, found in _environments(name) if found == value]
+
+
+def _environments(name: str) -> Iterator[tuple[int, str]]:
+    key = f"{name}=".encode()
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit() or int(entry) == os.getpid():
+            continue
+        try:
+            environment = Path("/proc", entry, "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue  # gone meanwhile, or somebody else's
+        for item in environment:
+            if item.startswith(key):
+                yield int(entry), item[len(key) :].decode(errors="replace")
+
+
+def kill_marked(name: str, value: str, timeout_s: float = 10.0) -> int:
+    """SIGKILL all processes with a mark until none is left; return how many there were."""
+    deadline, seen = time.monotonic() + timeout_s, set()
+    while time.monotonic() < deadline:
+        alive = [pid for pid in marked(name, value) if not _is_zombie(pid)]
+        if not alive:
+            break
+        for pid in alive:
+            seen.add(pid)
+            kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
+    return len(seen)
+
+
+def kill(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return Path("/proc", str(pid), "stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def wait_exit(pidfd: int, timeout_s: float) -> bool:
+    """Wait for the process behind `pidfd`; whether it is gone within `timeout_s`."""
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    return bool(poller.poll(timeout_s * 1000))
+
+
+class RunLock:
+    """The claim on a run: held by its supervisor for life, given back by the kernel however it dies."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fd = -1
+
+    def take(self) -> bool:
+        """Try to take the lock; False when a living run holds it."""
+        while True:
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                return False
+            try:
+                if os.stat(self._path).st_ino == os.fstat(fd).st_ino:
+                    self._fd = fd
+                    return True
+            except FileNotFoundError:
+                pass  # its last holder removed it between our two calls: try again
+            os.close(fd)
+
+    def release(self) -> None:
+        """Remove the file, then let go of it."""
+        self._path.unlink(missing_ok=True)
+        os.close(self._fd)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a living run holds this lock."""
+    if not path.exists():
+        return False
+    lock = RunLock(path)
+    if not lock.take():
+        return True
+    lock.release()
+    return False
+
+
+_OURS = re.compile(r"gemini-([0-9a-f]{10})[.-]")
+
+
+def sweep(shm_dir: Path) -> list[str]:
+    """End what dead runs of this user left behind: processes and files; return the runs' ids."""
+    found = {match[1] for entry in shm_dir.iterdir() if (match := _OURS.match(entry.name)) and _mine(entry)}
+    found |= {value for _, value in _environments(RUN_MARK)}
+    swept = []
+    for run in sorted(found):
+        lock = RunLock(shm_dir / f"gemini-{run}.lock")
+        if not lock.take():
+            continue  # it lives
+        clear(shm_dir, run)
+        lock.release()
+        swept.append(run)
+    return swept
+
+
+def clear(shm_dir: Path, run: str) -> None:
+    """Kill all processes of `run` (its supervisor calls this itself) and remove its files in memory."""
+    kill_marked(RUN_MARK, run)
+    for entry in shm_dir.glob(f"gemini-{run}-*"):
+        entry.unlink(missing_ok=True)
+
+
+def _mine(path: Path) -> bool:
+    try:
+        return path.stat().st_uid == os.getuid()
+    except OSError:
+        return False

@@ -1,0 +1,52 @@
+"""status.json: what the run is doing, renewed by whoever leads it, read by `submit` and `status`."""
+
+import json
+import os
+import threading
+import time
+from typing import Any
+
+from gemini_hpc.runtime.paths import RunPaths
+
+
+def write_status(paths: RunPaths, status: dict[str, Any]) -> None:
+    """Replace status.json in one move. A full disk must not stop a run: then the old one stays."""
+    temporary = paths.status.with_suffix(".tmp")
+    try:
+        temporary.write_text(json.dumps({**status, "t": time.time()}, indent=1) + "\n")
+        os.replace(temporary, paths.status)
+    except OSError:
+        return
+
+
+class StatusThread:
+    """Writes the newest status for a loop that must not wait for the file system."""
+
+    def __init__(self, paths: RunPaths) -> None:
+        self._paths = paths
+        self._newest: dict[str, Any] = {}
+        self._changed = threading.Event()
+        threading.Thread(target=self._write, daemon=True).start()
+
+    def show(self, status: dict[str, Any]) -> None:
+        self._newest = status
+        self._changed.set()
+
+    def _write(self) -> None:
+        while self._changed.wait():
+            self._changed.clear()
+            write_status(self._paths, self._newest)
+
+
+def update_status(paths: RunPaths, **changes: Any) -> None:
+    """Change some of its fields."""
+    write_status(paths, {**read_status(paths), **changes})
+
+
+def read_status(paths: RunPaths) -> dict[str, Any]:
+    """Return its fields; none when there is no status yet, or it cannot be read."""
+    try:
+        status = json.loads(paths.status.read_text())
+    except (OSError, ValueError):
+        return {}
+    return status if isinstance(status, dict) else {}

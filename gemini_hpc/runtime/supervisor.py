@@ -1,0 +1,218 @@
+"""The supervisor: what a job runs. Brings up the nodes' agents, launches MPI worlds when asked, and clears up.
+
+On the embedded cluster it is the cluster: virtual nodes are its child processes. It decides nothing about the
+training. Its lock says that the run lives; however it dies, the kernel kills its children, and whatever is left
+is swept by the next start on this machine.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import zmq
+
+from gemini_hpc.config import RunConfig
+from gemini_hpc.core.messages import Finish, Message, NodeExited, NodeUp, StartWorld, WorldFailed
+from gemini_hpc.errors import GeminiError
+from gemini_hpc.runtime.children import ATTACHED, Child
+from gemini_hpc.runtime.closing import verify
+from gemini_hpc.runtime.cluster import CLUSTER, NODES, coordinator_of, virtual_nodes
+from gemini_hpc.runtime.paths import RunPaths, open_run
+from gemini_hpc.runtime.processes import NODE_MARK, RUN_MARK, RunLock, clear, sweep, wait_exit
+from gemini_hpc.runtime.status_file import update_status
+from gemini_hpc.runtime.wire import Server, Wire, make_keys
+from gemini_hpc.telemetry import EventLog
+from gemini_hpc.windows.launch import HostSpec, mpi_leftovers, mpiexec_command
+
+POLL_MS = 100
+PATIENCE_S = 5.0
+"""How long agents may take to leave after the end of the run."""
+
+
+class Interrupted(GeminiError):
+    """The run was told to end: Ctrl-C, scancel, SIGTERM."""
+
+
+class Supervisor:
+    """The embedded cluster of one run."""
+
+    def __init__(self, paths: RunPaths, run: RunConfig) -> None:
+        self._paths, self._run = paths, run
+        self._nodes = virtual_nodes(run)
+        self._events = EventLog(paths.run_dir, "cluster")
+        self._wire = Wire(paths.keys)
+        self._server: Server = self._wire.listen("127.0.0.1")
+        self._poller = zmq.Poller()
+        self._poller.register(self._server.socket, zmq.POLLIN)
+        self._agents: dict[str, Child] = {}
+        self._up: dict[str, NodeUp] = {}
+        self._world: subprocess.Popen[bytes] | None = None
+        self._world_number = 0
+
+    def serve(self) -> tuple[str, str]:
+        """Run the cluster until the run is over; return its outcome and the reason."""
+        for node in self._nodes:
+            self._start_agent(node)
+        while True:
+            self._poller.poll(POLL_MS)
+            check_attached()
+            while (received := self._server.receive()) is not None:
+                message = received[1]
+                if isinstance(message, Finish):
+                    return message.state, message.reason
+                self._handle(message)
+            self._watch_world()
+            for node in self._ended_agents():
+                self._tell(NodeExited(node, "its agent is gone"))
+                if node == coordinator_of(self._nodes):
+                    return "failed", f"the coordinator's node {node} is lost"
+
+    def close(self) -> None:
+        """End what still runs: agents get a moment to leave, the rest gets none."""
+        deadline = time.monotonic() + PATIENCE_S
+        for child in self._agents.values():
+            wait_exit(child.pidfd, max(0.0, deadline - time.monotonic()))
+            child.end()
+        self._end_world()
+        self._wire.close()
+
+    def _start_agent(self, node: str) -> None:
+        marks = {RUN_MARK: self._paths.run_id, NODE_MARK: f"{self._paths.run_id}:{node}"}
+        names = {CLUSTER: self._server.endpoint, NODES: ",".join(self._nodes)}
+        arguments = [str(self._paths.run_dir), node]
+        log = self._paths.logs / f"agent-{node}.log"
+        child = Child("gemini_hpc.runtime.agent", arguments, {**marks, **names}, log)
+        self._agents[node] = child
+        self._poller.register(child.pidfd, zmq.POLLIN)
+
+    def _ended_agents(self) -> list[str]:
+        ended = [node for node, child in self._agents.items() if wait_exit(child.pidfd, 0.0)]
+        for node in ended:
+            child = self._agents.pop(node)
+            self._poller.unregister(child.pidfd)
+            child.reap()
+        return ended
+
+    def _handle(self, message: Message) -> None:
+        if isinstance(message, NodeUp):
+            known, self._up[message.node] = coordinator_of(self._nodes) in self._up, message
+            if message.node == coordinator_of(self._nodes):
+                for other in self._up.values():
+                    self._tell(other)
+            elif known:
+                self._tell(message)
+        elif isinstance(message, StartWorld):
+            self._start_world(message)
+
+    def _tell(self, message: Message) -> None:
+        self._server.send(coordinator_of(self._nodes), message)
+
+    # --- the MPI world of the window hosts ----------------------------------------------------------
+
+    def _start_world(self, order: StartWorld) -> None:
+        self._end_world()
+        hosts = [HostSpec(n, self._paths.arena(n), self._paths.socket(n)) for n in order.members]
+        environment = {**os.environ, RUN_MARK: self._paths.run_id}
+        command, environment = mpiexec_command(
+            Path(sys.executable), self._paths.run_id, order.world, hosts, environment
+        )
+        with open(self._paths.logs / "windows.log", "ab") as output:
+            self._world = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+            )
+        self._world_number = order.world
+
+    def _watch_world(self) -> None:
+        if self._world is not None and self._world.poll() is not None:
+            code, self._world = self._world.returncode, None
+            self._tell(WorldFailed("", self._world_number, f"mpiexec ended with status {code}"))
+
+    def _end_world(self) -> None:
+        if self._world is not None:
+            self._world.kill()
+            self._world.wait()
+            self._world = None
+
+
+def supervise(paths: RunPaths, run: RunConfig) -> int:
+    """Run one run from start to end; the exit status of the job."""
+    lock = RunLock(paths.lock)
+    sweep(paths.shm_dir)
+    if not lock.take():
+        print(
+            f"{paths.run_dir} is being run already; watch it with `python -m gemini_hpc.status`",
+            file=sys.stderr,
+        )
+        return 2
+    events = EventLog(paths.run_dir, "cluster")
+    events.emit("run", state="started", reason="")
+    try:
+        outcome, reason = _train(paths, run)
+        if outcome == "finished":
+            outcome, reason = _close(paths, run, reason)
+    except Interrupted as interruption:
+        outcome, reason = "stopped", str(interruption)
+    except GeminiError as error:
+        outcome, reason = "failed", str(error)
+    finally:
+        clear(paths.shm_dir, paths.run_id)
+        for leftover in mpi_leftovers():
+            leftover.unlink(missing_ok=True)
+        lock.release()
+    events.emit("run", state=outcome, reason=reason)
+    update_status(paths, state=outcome, reason=reason, waiting_for=[])
+    return 0 if outcome == "finished" else 1
+
+
+def _train(paths: RunPaths, run: RunConfig) -> tuple[str, str]:
+    make_keys(paths.keys)
+    supervisor = Supervisor(paths, run)
+    try:
+        return supervisor.serve()
+    finally:
+        supervisor.close()
+
+
+def _close(paths: RunPaths, run: RunConfig, reason: str) -> tuple[str, str]:
+    """Prove that nothing was changed by failures, and write the report."""
+    clear(paths.shm_dir, paths.run_id)
+    if run.verify:
+        comparison = verify(paths, run, check_attached)
+        update_status(paths, verdict=str(comparison))
+        if not comparison.identical:
+            return "failed", str(comparison)
+    update_status(paths, state="reporting")
+    from gemini_hpc.analysis.report import write_report  # pandas and plotly: only now, not while a run waits
+
+    write_report(paths.run_dir)
+    return "finished", reason
+
+
+_STARTED_BY = os.getppid()
+
+
+def check_attached() -> None:
+    """Raise Interrupted when nobody is left for whom this run runs: its job, or the `submit` that waits for it."""
+    pid = os.environ.get(ATTACHED)
+    if pid and not Path("/proc", pid).exists():
+        raise Interrupted("the submit that waited for it is gone")
+    if os.getppid() != _STARTED_BY:
+        raise Interrupted("the job that it belonged to is gone")
+
+
+def main() -> None:
+    paths, run = open_run(sys.argv[1])
+
+    def interrupt(number: int, _frame: object) -> None:
+        raise Interrupted(f"told to end by {signal.Signals(number).name}")
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, interrupt)
+    sys.exit(supervise(paths, run))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""The worker: trains one rank. Begins as a spare, with an engine but no peers, and joins what it is told to join."""
+
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+import traceback
+import warnings
+
+logging.disable(logging.INFO)  # the libraries' chatter; errors still reach the log
+warnings.filterwarnings("ignore", category=FutureWarning)
+
+from gemini_hpc.arena import OWN, Arena, Record, State  # noqa: E402
+from gemini_hpc.config import RunConfig  # noqa: E402
+from gemini_hpc.core.messages import (  # noqa: E402
+    Abort,
+    Hello,
+    Join,
+    Message,
+    Parked,
+    Resumed,
+    Stepped,
+    Trouble,
+    WorkerReady,
+    Written,
+)
+from gemini_hpc.core.types import FRESH  # noqa: E402
+from gemini_hpc.engine import builder, reset, versions  # noqa: E402
+from gemini_hpc.engine.elastic import ElasticWorld, is_peer_failure  # noqa: E402
+from gemini_hpc.engine.training import train_step  # noqa: E402
+from gemini_hpc.runtime.channel import Channel  # noqa: E402
+from gemini_hpc.runtime.children import PARENT  # noqa: E402
+from gemini_hpc.runtime.drills import Drills  # noqa: E402
+from gemini_hpc.runtime.paths import RunPaths, open_run  # noqa: E402
+from gemini_hpc.runtime.processes import die_with_parent  # noqa: E402
+
+NICENESS = 5
+"""Training yields to the agents and window hosts: they need little, and soon."""
+
+
+class Worker:
+    """One training process."""
+
+    def __init__(self, paths: RunPaths, run: RunConfig, node: str) -> None:
+        self._paths, self._run, self._node = paths, run, node
+        self._drills = Drills(paths, run, node)
+        self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._restarted = os.environ["GEMINI_RESTARTED"] == "1"
+        self._generation = 0  # whose group is held; 0 = none
+        self._last_snapshot: int | None = None
+        self._arena: Arena | None = None
+        rank = int(os.environ["GEMINI_RANK"])
+        self._channel = Channel.connect(paths.socket(node))
+        self._channel.send(Hello(node, "worker", os.getpid(), 0))
+        builder.prepare(run.train.threads)
+        self._entry = builder.load_entry(run.train.entry)
+        self._world = ElasticWorld(rank, run.cluster.nodes, os.environ["GEMINI_ADDRESS"], run.recovery.collective_s)
+        threading.Thread(target=self._listen, daemon=True).start()
+        self._built = builder.build(self._entry, run, rank)
+        self._store, address = self._world.new_store()
+        self._channel.send(WorkerReady(node, rank, self._built.shard.nbytes, address))
+
+    def serve(self) -> None:
+        """Join generation after generation, until the agent ends this process."""
+        while (order := self._inbox.get()) is not None:
+            if isinstance(order, Join):
+                self._take_part(order)
+            elif isinstance(order, Abort) and order.generation == self._generation:  # all steps were done
+                self._park()
+
+    def _listen(self) -> None:
+        """The control thread: an abort must reach a main thread that is stuck in a collective."""
+        while True:
+            order = self._channel.receive()
+            if order is None:
+                os._exit(0)  # the agent is gone
+            if isinstance(order, Abort):
+                self._world.abort()
+            self._inbox.put(order)
+
+    # --- one generation -----------------------------------------------------------------------------
+
+    def _take_part(self, join: Join) -> None:
+        self._generation = join.generation
+        try:
+            self._enter(join)
+            self._train(join)
+        except Exception as error:
+            if not (self._world.aborted or is_peer_failure(error)):
+                raise
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self._channel.send(Trouble(self._node, join.generation, first_line[:300]))
+            self._park()
+
+    def _park(self) -> None:
+        """Leave the group, and hold a fresh store for the next."""
+        self._world.leave()
+        self._store, address = self._world.new_store()
+        self._channel.send(Parked(self._node, self._generation, address))
+        self._generation = 0
+
+    def _enter(self, join: Join) -> None:
+        """Become `join.rank` in a new group, with the state after `join.step`."""
+        start = time.monotonic()
+        rung = self._prepare_engine(join)
+        ready = time.monotonic()
+        self._world.join(join.generation, join.rank, join.store, self._store)
+        joined = time.monotonic()
+        self._arena = self._arena or Arena.open(self._paths.arena(self._node))
+        if join.step == FRESH:
+            builder.start_generators(self._run.train.seed, join.rank)
+            self._last_snapshot = None
+            self._snapshot(0, join, wait=False)
+        else:
+            self._built.shard.restore(self._arena.payload(OWN, join.half))
+            self._last_snapshot = join.step
+        self._built.fresh = False
+        self._channel.send(
+            Resumed(
+                self._node,
+                join.generation,
+                join.rank,
+                max(join.step, 0),
+                rung,
+                joined - ready,
+                ready - start,
+                time.monotonic() - joined,
+            )
+        )
+
+    def _prepare_engine(self, join: Join) -> str:
+        """Bring the engine to a step boundary as the new rank, by the first rung that may be used; name it."""
+        built = self._built
+        if join.step == FRESH and built.fresh and built.rank == join.rank:
+            return "fresh"
+        swap = self._run.recovery.first_rung == "hot_swap" and not versions.mismatch()
+        if join.step != FRESH and (swap or built.fresh):
+            try:
+                if not built.fresh:
+                    reset.reset(built.engine)
+                reset.adopt(built.engine, join.rank)
+                self._world.leave(join.rank)
+                rung = "restart" if self._restarted else "hot_swap"
+                self._restarted = False
+                return rung
+            except (AttributeError, KeyError, TypeError):
+                traceback.print_exc()  # DeepSpeed's inside is not what it should be: build a new one
+        self._world.leave(join.rank)
+        builder.destroy(built)
+        self._built = builder.build(self._entry, self._run, join.rank)
+        return "rebuild"
+
+    def _train(self, join: Join) -> None:
+        total = self._run.train.steps
+        for step in range(max(join.step, 0) + 1, total + 1):
+            start = time.monotonic()
+            self._drills.arm(step, join.rank, self._built.engine)
+            loss = train_step(self._built.engine, self._built.training, step, join.rank)
+            snapshot_s = self._snapshot(step, join, wait=step == total or self._run.protect.strict)
+            step_s = time.monotonic() - start
+            self._channel.send(Stepped(self._node, join.generation, join.rank, step, loss, step_s, snapshot_s))
+            self._drills.strike_at("after", step, join.rank)
+
+    # --- snapshots ----------------------------------------------------------------------------------
+
+    def _snapshot(self, step: int, join: Join, wait: bool) -> float:
+        """Copy the shard into the free half of the own area; return how long that took, -1 if it was left out.
+
+        A snapshot is of use when the one before it is safe everywhere. Where replication is slower than training
+        that is not so in every step, and then snapshots get rarer; all ranks must leave out the same ones, so
+        they vote. With `wait` training waits for it (a bounded time), and nothing is left out.
+        """
+        arena = self._arena
+        assert arena is not None
+        if wait:
+            self._wait_until_safe(arena)
+        elif not self._world.agree(self._is_safe(arena)):
+            return -1.0
+        start = time.monotonic()
+        half = _free_half(arena)
+        shard = self._built.shard
+        arena.write_record(OWN, half, Record(State.WRITING, join.rank, step, join.generation))
+        shard.capture(arena.payload(OWN, half), step)
+        self._drills.strike_at("snapshot", step, join.rank)
+        written = Record(State.WRITTEN, join.rank, step, join.generation, shard.nbytes)
+        arena.write_record(OWN, half, written)
+        taken = time.monotonic() - start
+        self._channel.send(Written(self._node, half))
+        self._last_snapshot = step
+        return taken
+
+    def _wait_until_safe(self, arena: Arena) -> None:
+        deadline = time.monotonic() + self._run.recovery.join_s
+        while not self._is_safe(arena) and time.monotonic() < deadline:
+            if self._world.aborted:
+                raise RuntimeError("the group was aborted")
+            time.sleep(0.001)
+
+    def _is_safe(self, arena: Arena) -> bool:
+        return self._last_snapshot is None or arena.safe_step >= self._last_snapshot
+
+
+def _free_half(arena: Arena) -> int:
+    """Return the half that does not hold the newest safe step."""
+    return 1 if arena.record(OWN, 0).step == arena.safe_step >= 0 else 0
+
+
+def main() -> None:
+    run_dir, node = sys.argv[1:]
+    die_with_parent(int(os.environ[PARENT]))
+    os.nice(NICENESS)
+    paths, run = open_run(run_dir)
+    try:
+        Worker(paths, run, node).serve()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # no interpreter shutdown: threads of gloo may hang in it
+
+
+if __name__ == "__main__":
+    main()

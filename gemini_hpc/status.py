@@ -1,0 +1,70 @@
+"""`python -m gemini_hpc.status RUN_DIR [--json]`: ranks, nodes, tiers, recoveries, and whatever is awaited."""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from gemini_hpc.analysis import timeline
+from gemini_hpc.cli import run_command
+from gemini_hpc.runtime.paths import open_run
+from gemini_hpc.runtime.processes import is_held
+from gemini_hpc.runtime.status_file import read_status
+from gemini_hpc.telemetry import read_events
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="gemini_hpc.status", description="Show the state of a run.")
+    parser.add_argument("run_dir", help="a run directory, as printed by submit")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    options = parser.parse_args(arguments)
+    paths, run = open_run(options.run_dir)
+    recoveries = timeline.recoveries(read_events(paths.run_dir))
+    status = {"run_dir": str(paths.run_dir), "alive": is_held(paths.lock), **read_status(paths)}
+    if options.json:
+        status["recoveries"] = [
+            {
+                "title": timeline.title(item),
+                "summary": timeline.summary(item),
+                "generations": list(item.generations),
+                "milestones_ms": {m.name: m.ms for m in item.milestones},
+            }
+            for item in recoveries
+        ]
+        print(json.dumps(status, indent=1))
+        return 0
+    print(_text(run.name, status))
+    if recoveries:
+        print("\n" + timeline.table(recoveries))
+    return 0
+
+
+def _text(name: str, status: dict[str, Any]) -> str:
+    alive = "alive" if status["alive"] else "not running"
+    if "generation" not in status:
+        return f"{name}: {alive}, {status.get('state', 'no status yet')}"
+    lines = [
+        f"{name}: {status['state']} ({alive}), step {status['step']} of {status['total_steps']}, "
+        f"generation {status['generation']}",
+        f"newest safe step: {_step(status['safe_step'])} in memory (m = {status['replicas']}), "
+        f"{_step(status['persistent_step'])} on the persistent tier; "
+        + ("protected" if status["protected"] else "not protected at this moment"),
+    ]
+    if status["waiting_for"]:
+        lines.append(f"waiting for {status['waiting_s']} s for: " + ", ".join(status["waiting_for"]))
+    for node in status["nodes"]:
+        rank = f"rank {node['rank']}" if node["rank"] is not None else ""
+        doubt = f"suspected: {', '.join(node['suspected_for'])}" if node["suspected_for"] else ""
+        lines.append(f"  {node['node']:<12} {node['status']:<8} {rank:<8} {node['worker'] or '':<9} {doubt}".rstrip())
+    for key in ("verdict", "reason"):
+        if status.get(key):
+            lines.append(str(status[key]))
+    return "\n".join(lines)
+
+
+def _step(step: int) -> str:
+    return str(step) if step >= 0 else "none"
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

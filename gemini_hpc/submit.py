@@ -1,0 +1,193 @@
+"""`python -m gemini_hpc.submit`: check a run, make its directory, submit its job, and watch it in the foreground."""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import signal
+import sys
+import time
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+
+from gemini_hpc import __version__
+from gemini_hpc.cli import run_command
+from gemini_hpc.config import CONFIG_FILE, RunConfig, capacity, dump, load_run, read_run
+from gemini_hpc.data import check_source
+from gemini_hpc.errors import UserError
+from gemini_hpc.models import presets
+from gemini_hpc.persist import manifest
+from gemini_hpc.progress import Progress
+from gemini_hpc.runtime.children import ATTACHED
+from gemini_hpc.runtime.fingerprint import fingerprint
+from gemini_hpc.runtime.paths import RunPaths
+from gemini_hpc.runtime.processes import is_held
+from gemini_hpc.slurm.script import job_script
+
+CANCEL_GRACE_S = 15.0
+EXAMPLE = "gemini_hpc.models.job:build"
+PACKAGES = ("torch", "deepspeed", "mpi4py", "mpich", "h5py", "submitit", "plotly", "pyzmq")
+
+
+def main(arguments: list[str]) -> int:
+    options = _parse(arguments)
+    if options.resume:
+        run_dir, config = _resume(Path(options.resume), options)
+    else:
+        config = load_run(options.config, options.overrides, options.nodes, options.spares, options.site)
+        run_dir = Path(config.site.runs_dir, options.prepare or _new_name(config))
+    script = job_script(config, _script_arguments(options))
+    if options.dry_run:
+        print(f"{script}\n# --- {CONFIG_FILE}, resolved ---\n{dump(config)}", end="")
+        return 0
+    if options.prepare and (run_dir / CONFIG_FILE).exists():  # the job was requeued: it goes on where it was
+        print(run_dir.resolve())
+        return 0
+    needs = _check(config)
+    _make_directory(run_dir, config, script)
+    if options.prepare:
+        print(run_dir.resolve())
+        return 0
+    return _submit(run_dir, config, needs, wait=config.site.kind == "local" if options.wait is None else options.wait)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="gemini_hpc.submit",
+        description="Train with DeepSpeed ZeRO-3 through the loss of nodes. Without arguments: the main job.",
+    )
+    parser.add_argument("settings", nargs="*", metavar="CONFIG | key.sub=value", help="a YAML file, and overrides")
+    parser.add_argument("--site", help="auto (default), local, ibex, or a YAML file")
+    parser.add_argument("--nodes", type=int, help="nodes that train")
+    parser.add_argument("--spares", type=int, help="nodes that stand by")
+    parser.add_argument("--dry-run", action="store_true", help="print the job script and the configuration; do nothing")
+    parser.add_argument("--resume", metavar="RUN_DIR", help="go on from the newest checkpoint of a run")
+    parser.add_argument("--wait", action=argparse.BooleanOptionalAction, help="watch until the end (local: default)")
+    parser.add_argument("--prepare", metavar="NAME", help=argparse.SUPPRESS)  # called by the job script
+    options = parser.parse_args(arguments)
+    files = [setting for setting in options.settings if "=" not in setting]
+    if len(files) > 1:
+        raise UserError(f"one configuration file at most, not {', '.join(files)}; overrides have the form key=value")
+    options.config = files[0] if files else None
+    options.overrides = [setting for setting in options.settings if "=" in setting]
+    return options
+
+
+def _script_arguments(options: argparse.Namespace) -> list[str]:
+    """Return what the job script needs to resolve the same run again."""
+    flags = [("--site", options.site), ("--nodes", options.nodes), ("--spares", options.spares)]
+    given = [text for flag, value in flags if value is not None for text in (flag, str(value))]
+    return [*([options.config] if options.config else []), *given, *options.overrides]
+
+
+def _new_name(config: RunConfig) -> str:
+    name = f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    taken = [entry.name for entry in Path(config.site.runs_dir).glob(f"{name}*")]
+    return name if not taken else f"{name}-{os.getpid()}"
+
+
+# --- checks, before anything is made ----------------------------------------------------------------------
+
+
+def _check(config: RunConfig) -> capacity.Needs | None:
+    """Raise UserError for what would fail later: data that is not there, memory that is not enough."""
+    if config.train.entry != EXAMPLE:
+        return None  # somebody else's model: its size is known once it is built
+    model = config.model
+    presets.model_shape(model.family, model.preset, model.seq_len)
+    check_source(config.data, model.seq_len)
+    shapes = {
+        name: presets.parameter_shapes(presets.model_shape(model.family, name, model.seq_len))
+        for name in presets.PRESETS
+    }
+    return capacity.check(config, shapes, capacity.room_at(config.site))
+
+
+def _resume(run_dir: Path, options: argparse.Namespace) -> tuple[Path, RunConfig]:
+    before = read_run(run_dir)
+    site = options.site or before.site.name
+    config = load_run(run_dir / CONFIG_FILE, options.overrides, options.nodes, options.spares, options.site)
+    paths = RunPaths(run_dir.resolve(), Path(config.site.shm_dir))
+    if is_held(paths.lock):
+        raise UserError(
+            f"{run_dir} is being run already (site {site}); watch it: python -m gemini_hpc.status {run_dir}"
+        )
+    newest = manifest.newest(run_dir)
+    if newest and newest.fingerprint != fingerprint(config):
+        raise UserError(
+            f"{run_dir} was trained with other settings of model, data, train or number of nodes; "
+            "resume it without those overrides, or start a new run"
+        )
+    if newest and newest.step >= config.train.steps:
+        raise UserError(f"{run_dir} has done all its {config.train.steps} steps; start a new run")
+    return run_dir, config
+
+
+def _make_directory(run_dir: Path, config: RunConfig, script: str) -> None:
+    try:
+        for name in ("logs", "events", "checkpoints"):
+            (run_dir / name).mkdir(parents=True, exist_ok=True, mode=0o700)
+        (run_dir / "submit.sh").write_text(script)
+        (run_dir / "env.json").write_text(json.dumps(_environment(), indent=1) + "\n")
+        (run_dir / CONFIG_FILE).write_text(dump(config))
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {run_dir} ({error.strerror}); set site.runs_dir to a folder of yours"
+        ) from error
+
+
+def _environment() -> dict[str, object]:
+    return {
+        "gemini_hpc": __version__,
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "host": platform.node(),
+        "kernel": platform.release(),
+        "submitted": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+# --- the job ------------------------------------------------------------------------------------------------
+
+
+def _submit(run_dir: Path, config: RunConfig, needs: capacity.Needs | None, wait: bool) -> int:
+    from gemini_hpc.slurm.submission import submit_job  # submitit takes a moment to import
+
+    if wait:
+        os.environ[ATTACHED] = str(os.getpid())
+    shown = shlex.quote(str(run_dir))
+    print(f"run      {run_dir}")
+    print(
+        f"         {config.model.family} {config.model.preset}, {config.cluster.nodes} nodes + "
+        f"{config.cluster.spares} spare, {config.protect.replicas} copies of every snapshot"
+    )
+    if needs:
+        print(f"memory   {needs.snapshot_bytes / 1e6:.1f} MB a snapshot, {needs.arena_bytes / 1e6:.1f} MB a node")
+    signal.signal(signal.SIGTERM, _interrupt)
+    job = submit_job(config, run_dir)
+    print(f"job      {job.id}")
+    print(f"watch    python -m gemini_hpc.status {shown}")
+    if not wait:
+        print(f"resume   python -m gemini_hpc.submit --resume {shown}")
+        return 0
+    progress = Progress(RunPaths(run_dir.resolve(), Path(config.site.shm_dir)), sys.stdout)
+    try:
+        while not job.done():
+            progress.show()
+            time.sleep(0.1)
+    except KeyboardInterrupt:
+        print("\nstopping ...", flush=True)
+        job.cancel(CANCEL_GRACE_S)
+        print(f"stopped; go on with: python -m gemini_hpc.submit --resume {shown}")
+        return 130
+    return progress.conclude(job.log)
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
