@@ -61,7 +61,8 @@ class Progress:
     def _tell_recoveries(self) -> None:
         found = [r for r in timeline.recoveries(read_events(self._paths.run_dir)) if r.outcome == "recovered"]
         for item in found[self._recovered :]:
-            text = f"{timeline.title(item)}: {timeline.summary(item)}, training again after {item.ms('first step'):,.0f} ms"
+            again = f"training again after {item.ms('first step'):,.0f} ms"
+            text = f"{timeline.title(item)}: {timeline.summary(item)}, {again}"
             self._out.write(("\r\x1b[K" if self._rewrites else "") + text + "\n")
         self._recovered = len(found)
 

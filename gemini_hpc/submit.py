@@ -27,6 +27,7 @@ from gemini_hpc.runtime.processes import is_held
 from gemini_hpc.slurm.script import job_script
 
 CANCEL_GRACE_S = 15.0
+ENVIRONMENT_FILE = "env.json"
 EXAMPLE = "gemini_hpc.models.job:build"
 PACKAGES = ("torch", "deepspeed", "mpi4py", "mpich", "h5py", "submitit", "plotly", "pyzmq")
 
@@ -45,8 +46,10 @@ def main(arguments: list[str]) -> int:
     if options.prepare and (run_dir / CONFIG_FILE).exists():  # the job was requeued: it goes on where it was
         print(run_dir.resolve())
         return 0
-    needs = _check(config)
-    _make_directory(run_dir, config, script)
+    needs, corpus = _check(config)
+    if options.resume:
+        _check_corpus(run_dir, corpus)
+    _make_directory(run_dir, config, script, corpus)
     if options.prepare:
         print(run_dir.resolve())
         return 0
@@ -91,18 +94,27 @@ def _new_name(config: RunConfig) -> str:
 # --- checks, before anything is made ----------------------------------------------------------------------
 
 
-def _check(config: RunConfig) -> capacity.Needs | None:
-    """Raise UserError for what would fail later: data that is not there, memory that is not enough."""
+def _check(config: RunConfig) -> tuple[capacity.Needs | None, str]:
+    """Return what the run needs and its corpus's fingerprint; UserError for text or memory that is not there."""
     if config.train.entry != EXAMPLE:
-        return None  # somebody else's model: its size is known once it is built
+        return None, ""  # somebody else's model and data: known once they are built
     model = config.model
     presets.model_shape(model.family, model.preset, model.seq_len)
-    check_source(config.data, model.seq_len)
+    corpus = check_source(config.data, model.seq_len)
     shapes = {
         name: presets.parameter_shapes(presets.model_shape(model.family, name, model.seq_len))
         for name in presets.PRESETS
     }
-    return capacity.check(config, shapes, capacity.room_at(config.site))
+    return capacity.check(config, shapes, capacity.room_at(config.site)), corpus
+
+
+def _check_corpus(run_dir: Path, corpus: str) -> None:
+    """The losses of a resumed run mean something only if it goes on with the same text."""
+    before = json.loads((run_dir / ENVIRONMENT_FILE).read_text()).get("corpus", "")
+    if before != corpus:
+        raise UserError(
+            f"the text that {run_dir} trains on has changed since it began; bring it back, or start a new run"
+        )
 
 
 def _resume(run_dir: Path, options: argparse.Namespace) -> tuple[Path, RunConfig]:
@@ -125,12 +137,13 @@ def _resume(run_dir: Path, options: argparse.Namespace) -> tuple[Path, RunConfig
     return run_dir, config
 
 
-def _make_directory(run_dir: Path, config: RunConfig, script: str) -> None:
+def _make_directory(run_dir: Path, config: RunConfig, script: str, corpus: str) -> None:
     try:
         for name in ("logs", "events", "checkpoints"):
             (run_dir / name).mkdir(parents=True, exist_ok=True, mode=0o700)
         (run_dir / "submit.sh").write_text(script)
-        (run_dir / "env.json").write_text(json.dumps(_environment(), indent=1) + "\n")
+        environment = {**_environment(), "corpus": corpus}
+        (run_dir / ENVIRONMENT_FILE).write_text(json.dumps(environment, indent=1) + "\n")
         (run_dir / CONFIG_FILE).write_text(dump(config))
     except OSError as error:
         raise UserError(

@@ -138,9 +138,9 @@ class Drill(Section):
 
 
 def _one_drill(values: dict[str, Any]) -> tuple[Drill, ...]:
-    """Kill one node halfway, where the run is long enough and has a spare to show it with."""
+    """Kill one node halfway, where the run is long enough and has nodes to show it with."""
     train, cluster = values["train"], values["cluster"]
-    if train.steps < 2 or cluster.spares < 1:
+    if train.steps < 2 or cluster.spares < 1 or cluster.nodes < 2:
         return ()
     return (Drill(step=train.steps // 2, rank=min(2, cluster.nodes - 1)),)
 
@@ -179,6 +179,8 @@ class RunConfig(Section):
 
 def _contradictions(run: RunConfig) -> Iterator[str]:
     nodes, spares, replicas = run.cluster.nodes, run.cluster.spares, run.protect.replicas
+    if run.train.precision == "fp16" and not run.site.gpus_per_node:
+        yield "train.precision is fp16, which DeepSpeed does on GPUs only: set train.precision=bf16, or a site with GPUs"
     if nodes < replicas:
         yield (
             f"protect.replicas is {replicas} but cluster.nodes is {nodes}, and each copy needs its own node:"
@@ -195,6 +197,11 @@ def _contradictions(run: RunConfig) -> Iterator[str]:
             yield (
                 f"{key}.rank is {drill.rank} but the ranks are 0 to {nodes - 1}:"
                 f" set {key}.rank={nodes - 1}, or drills=[] for a run without drills"
+            )
+        if drill.action == "kill_node" and drill.rank == 0:
+            yield (
+                f"{key} kills the node of rank 0, which coordinates, and nobody takes that over yet:"
+                f" set {key}.rank={min(2, nodes - 1)}, or {key}.action=kill_worker"
             )
         if drill.action == "kill_node" and spares == 0:
             yield (

@@ -375,7 +375,7 @@ class Agent:
     def _log_memory(self, arena: Arena) -> None:
         each = 2 * arena.geometry.half_bytes
         remote = each * (arena.geometry.areas - 1)
-        self._events.emit("memory", local_bytes=each, peer_bytes=remote, persistent_bytes=0)
+        self._events.emit("memory", local_bytes=each, peer_bytes=remote)
 
 
 def _failure(order: Message, reason: str) -> Event:

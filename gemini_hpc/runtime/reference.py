@@ -60,7 +60,7 @@ def main() -> None:
     paths, _ = open_run(sys.argv[1])
     try:
         train(paths, int(os.environ[RANK]))
-    except BaseException:
+    except BaseException:  # noqa: BLE001  the outermost loop
         traceback.print_exc()
         os._exit(1)
     os._exit(0)  # no interpreter shutdown: gloo's threads have nothing to say any more

@@ -177,18 +177,19 @@ def _train(paths: RunPaths, run: RunConfig) -> tuple[str, str]:
 
 
 def _close(paths: RunPaths, run: RunConfig, reason: str) -> tuple[str, str]:
-    """Prove that nothing was changed by failures, and write the report."""
+    """Prove that no failure changed anything, and write the report."""
     clear(paths.shm_dir, paths.run_id)
+    outcome = "finished"
     if run.verify:
         comparison = verify(paths, run, check_attached)
         update_status(paths, verdict=str(comparison))
         if not comparison.identical:
-            return "failed", str(comparison)
+            outcome, reason = "failed", str(comparison)
     update_status(paths, state="reporting")
     from gemini_hpc.analysis.report import write_report  # pandas and plotly: only now, not while a run waits
 
     write_report(paths.run_dir)
-    return "finished", reason
+    return outcome, reason
 
 
 _STARTED_BY = os.getppid()

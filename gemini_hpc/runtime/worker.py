@@ -214,7 +214,7 @@ def main() -> None:
     paths, run = open_run(run_dir)
     try:
         Worker(paths, run, node).serve()
-    except BaseException:
+    except BaseException:  # noqa: BLE001  the outermost loop
         traceback.print_exc()
         os._exit(1)  # no interpreter shutdown: threads of gloo may hang in it
 

@@ -1,11 +1,15 @@
 """The window host of one node: `python -m gemini_hpc.windows.host WORLD`, started by `launch`.
 
-It exposes the node's arena through an MPI window, computes the checksums of the node's own snapshots, and pulls snapshots
-of other nodes into the arena, as its agent orders. One thread, one MPI world, expendable: it owns nothing, and leaves by
-`os._exit`, without MPI's knowledge.
+It exposes the node's arena through an MPI window, computes the checksums of the node's own snapshots, and pulls
+snapshots of other nodes into the arena, as its agent orders. One thread and one MPI world. It is expendable: it
+owns nothing, may crash when a partner dies, and leaves by `os._exit`.
 
-After start-up it makes no MPI call but Rget, Test and Iprobe. Those alone outlived the death of their partners; Flush,
-collectives, point-to-point and Finalize did not (FACTS.md section 4).
+Once it is ready it makes no MPI call but Rget, Test and Iprobe: those outlive the death of a partner, while Flush,
+collectives, point-to-point and Finalize do not (FACTS.md section 4). What is left are races inside UCX 1.20, which
+aborts the process that sends to a partner it does not yet know to be dead:
+- the puller, when its request waits behind other data for the same partner: so connections are made at the start,
+  and the agents see to it that of two hosts only one pulls from the other at a time;
+- the server, when a puller dies between its request and the first part of the answer: so no work here takes long.
 """
 
 import contextlib
@@ -33,18 +37,21 @@ mpi4py.rc.finalize = False
 
 from mpi4py import MPI  # noqa: E402
 
-CHUNK_BYTES = 16 << 20
-"""One read, and one piece of checksum work (about 2 ms), between two looks at the agent's orders."""
+READ_BYTES = 16 << 20
+"""One read. Smaller ones are slower, and each is a moment at which the death of the puller can hurt its source."""
 
-STORE_BYTES = 256 << 10
-"""Copied and then hashed while still in the processor's cache."""
+PIECE_BYTES = 1 << 20
+"""Copied and hashed (about 0.2 ms, and within the processor's cache) between two looks at the transport."""
 
 PACKET_BYTES = 256 << 10
 ABANDONED_READS_MAX = 16
-"""Each keeps a chunk of memory for ever; a host that reached it makes way for a fresh one."""
+"""Each keeps a buffer for ever; a host that has more of them makes way for a fresh world."""
 
 IDLE_POLL_S = 0.010
 SERVE_POLL_S = 0.001
+
+Job = Iterator[bool]
+"""Work in pieces: yields whether it can go on at once (else it waits for the transport)."""
 
 
 class PullFailed(GeminiError):
@@ -52,7 +59,7 @@ class PullFailed(GeminiError):
 
 
 class Agent:
-    """The channel to the node's agent: one JSON object a packet. Never blocks, and ends the process with the agent."""
+    """The channel to the node's agent: one JSON object a packet. Raises ConnectionError when the agent is gone."""
 
     def __init__(self, path: str) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -72,9 +79,10 @@ class Agent:
 
 
 class Host:
-    """The loop: obey the agent, advance the first seal and the first pull by one piece, let MPI progress, wait."""
+    """One loop: obey the agent, advance the first seal and the first pull by one piece, serve, wait."""
 
-    def __init__(self, agent: Agent, arena: Arena, world: int) -> None:
+    def __init__(self, agent: Agent, arena: Arena) -> None:
+        """Join the world (collective: returns when the windows of all ranks are ready and connected)."""
         self.agent = agent
         self.arena = arena
         MPI.Init_thread(MPI.THREAD_SINGLE)
@@ -90,20 +98,15 @@ class Host:
         self.wakeups = select.poll()
         for fd in (agent.socket.fileno(), *self.transport_fds):
             self.wakeups.register(fd, select.POLLIN)
-        self.seals: deque[Iterator[None]] = deque()
-        self.pulls: deque[Iterator[None]] = deque()
+        self.seals: deque[Job] = deque()
+        self.pulls: deque[Job] = deque()
         self.gone: set[int] = set()
         self.serve_until = 0.0
         self.free_buffers: list[bytearray] = []
-        self.reads: list[tuple[MPI.Request, bytearray]] = []  # the outstanding one, and all abandoned ones
-        agent.send("host_ready", world=world, mpi_rank=self.comm.rank)
+        self.reads: list[tuple[MPI.Request, bytearray]] = []  # all abandoned ones, then the outstanding one
 
     def _connect(self) -> None:
-        """Read one byte from every other rank, so that all connections exist before anybody may die.
-
-        MPICH 5.0 aborts the reader when its partner dies while a read still waits for the connection (ucx_rma.h
-        asserts that a queued read never fails); one that was sent just stays unanswered.
-        """
+        """Read one byte of every other rank: a read that waits for its connection cannot outlive its source."""
         byte = bytearray(1)
         for distance in range(1, self.comm.size):
             target = (self.comm.rank + distance) % self.comm.size
@@ -111,23 +114,28 @@ class Host:
 
     def run(self) -> None:
         while True:
-            for fd, _ in self.wakeups.poll(1000 * self._poll_s()):
+            can_go_on = self._advance(self.seals) | self._advance(self.pulls)
+            with contextlib.suppress(MPI.Exception):  # a partner died: the agents decide what that means
+                self.comm.Iprobe(source=self.comm.rank)
+            for fd, _ in self.wakeups.poll(0 if can_go_on else 1000 * self._poll_s()):
                 if fd == self.agent.socket.fileno():
                     self._obey(self.agent.receive())
-            for jobs in (self.seals, self.pulls):
-                if jobs and next(jobs[0], True):  # a job yields None until it is done
-                    jobs.popleft()
-            with contextlib.suppress(MPI.Exception):  # a partner died; the agents will say so
-                self.comm.Iprobe(source=self.comm.rank)
+
+    def _advance(self, jobs: deque[Job]) -> bool:
+        """Do one piece of the first job; return whether there is more to do at once."""
+        if not jobs:
+            return False
+        with contextlib.suppress(StopIteration):
+            return next(jobs[0])
+        jobs.popleft()
+        return bool(jobs)
 
     def _poll_s(self) -> float:
-        """Return how long to wait for an order or an event of the transport.
+        """Return how long to wait for an order or for the transport.
 
-        UCX's TCP has its events on an epoll descriptor, which wakes this process at once, whether it pulls or
-        serves. Where there is none a pull has to spin: to sleep between tests costs two thirds of its speed.
+        UCX's TCP has an epoll descriptor, which wakes this process at once, whether it pulls or serves. Where there
+        is none (InfiniBand) a pull has to spin: sleeping between tests costs two thirds of its speed.
         """
-        if self.seals:
-            return 0.0
         if self.transport_fds:
             return IDLE_POLL_S
         if self.pulls:
@@ -150,34 +158,32 @@ class Host:
             case kind:
                 raise ValueError(f"an agent gives no order {kind!r}")
 
-    def _seal(self, half: int) -> Iterator[None]:
-        """Compute the checksum of a half of the own area and mark it SEALED; a sealed one is reported again."""
+    def _seal(self, half: int) -> Job:
+        """Compute the checksum of a half of the own area and mark it SEALED; a sealed one is only reported."""
         record = self.arena.record(OWN, half)
         if record.state is State.WRITTEN:
             payload = self.arena.payload(OWN, half)[: record.nbytes]
             digest = xxhash.xxh3_64()
-            for start in range(0, record.nbytes, CHUNK_BYTES):
-                digest.update(payload[start : start + CHUNK_BYTES])
-                yield
+            for start in range(0, record.nbytes, PIECE_BYTES):
+                digest.update(payload[start : start + PIECE_BYTES])
+                yield True
             if self.arena.record(OWN, half) != record:
                 self.agent.send("seal_failed", half=half, reason="changed meanwhile")
                 return
             record = replace(record, state=State.SEALED, checksum=digest.intdigest())
             self.arena.write_record(OWN, half, record)
         if record.state is State.SEALED:
-            fields = {
-                name: getattr(record, name) for name in ("rank", "step", "generation", "checksum", "nbytes")
-            }
-            self.agent.send("sealed", half=half, **fields)
+            fields = ("rank", "step", "generation", "checksum", "nbytes")
+            self.agent.send("sealed", half=half, **{name: getattr(record, name) for name in fields})
         else:
             self.agent.send("seal_failed", half=half, reason=f"the half is {record.state.name}")
 
-    def _pull(self, order: dict[str, Any], ordered: float) -> Iterator[None]:
-        """Pull one snapshot into a half of the own arena, verify it, and mark the half SEALED, or FREE on failure."""
+    def _pull(self, order: dict[str, Any], ordered: float) -> Job:
+        """Pull one snapshot into a half of the own arena, verify it, and leave the half SEALED or else FREE."""
         area, half, nbytes = order["area"], order["half"], order["nbytes"]
         record = Record(State.WRITING, order["rank"], order["step"], order["generation"], nbytes)
-        reason = ""
         self.arena.write_record(area, half, record)
+        reason = ""
         try:
             if nbytes > self.arena.geometry.snapshot_bytes:
                 raise PullFailed(f"{nbytes} bytes do not fit into {self.arena.geometry.snapshot_bytes}")
@@ -196,33 +202,30 @@ class Host:
         if len(self.reads) > ABANDONED_READS_MAX:
             raise PullFailed(f"{len(self.reads)} reads abandoned")
 
-    def _read(self, order: dict[str, Any], deadline: float, digest: xxhash.xxh3_64) -> Iterator[None]:
-        """Read the source half chunk by chunk, one outstanding read at a time, and store what arrived.
+    def _read(self, order: dict[str, Any], deadline: float, digest: xxhash.xxh3_64) -> Job:
+        """Read the source half, one outstanding read at a time, and store what arrived while the next one travels.
 
-        The bytes land in a buffer of their own first: a read that was abandoned may still complete later, and
-        must not write into a half that holds something else by then. A chunk is stored while the next one travels.
+        The bytes land in a buffer of their own first: an abandoned read may still complete later, and must not
+        write into a half that holds something else by then.
         """
         geometry = self.arena.geometry  # the arenas of a run are all alike
         source = geometry.payload_offset(order["source_area"], order["source_half"])
         payload = self.arena.payload(order["area"], order["half"])[: order["nbytes"]]
-        landed = None
-        for start in range(0, order["nbytes"], CHUNK_BYTES):
-            size = min(CHUNK_BYTES, order["nbytes"] - start)
+        stored: Job = iter(())
+        for start in range(0, len(payload), READ_BYTES):
+            place = payload[start : start + READ_BYTES]
             self._check(order["target"], deadline)
-            buffer = self.free_buffers.pop() if self.free_buffers else bytearray(CHUNK_BYTES)
-            request = self.window.Rget(
-                [buffer, size, MPI.BYTE], order["target"], [source + start, size, MPI.BYTE]
-            )
+            buffer = self.free_buffers.pop() if self.free_buffers else bytearray(READ_BYTES)
+            remote = [source + start, len(place), MPI.BYTE]
+            request = self.window.Rget([buffer, len(place), MPI.BYTE], order["target"], remote)
             self.reads.append((request, buffer))
-            if landed:
-                self._store(*landed, digest)
+            yield from stored
             while not request.Test():
-                yield
+                yield False
                 self._check(order["target"], deadline)
             self.reads.pop()
-            landed = (payload[start : start + size], buffer)
-        if landed:
-            self._store(*landed, digest)
+            stored = self._store(place, buffer, digest)
+        yield from stored
 
     def _check(self, target: int, deadline: float) -> None:
         if target in self.gone:
@@ -230,36 +233,39 @@ class Host:
         if time.monotonic() > deadline:
             raise PullFailed("deadline")
 
-    def _store(self, place: memoryview, buffer: bytearray, digest: xxhash.xxh3_64) -> None:
-        for start in range(0, len(place), STORE_BYTES):
-            piece = place[start : start + STORE_BYTES]
+    def _store(self, place: memoryview, buffer: bytearray, digest: xxhash.xxh3_64) -> Job:
+        for start in range(0, len(place), PIECE_BYTES):
+            piece = place[start : start + PIECE_BYTES]
             piece[:] = memoryview(buffer)[start : start + len(piece)]
             digest.update(piece)
+            yield True
         self.free_buffers.append(buffer)
 
 
 def _transport_fds() -> list[int]:
-    """Return the epoll descriptors of this process: those of UCX. Other transports than TCP may have none."""
+    """Return the epoll descriptors of this process, which are all UCX's."""
     links = {fd: Path(f"/proc/self/fd/{fd}") for fd in map(int, os.listdir("/proc/self/fd"))}
     return [fd for fd, link in links.items() if link.is_symlink() and "[eventpoll]" in os.readlink(link)]
 
 
 def _unlink_mpich_files() -> None:
-    """Remove MPICH's own file from /dev/shm: it stays mapped, and nobody else opens it (every rank counts as remote).
+    """Remove MPICH's own file from /dev/shm: it stays mapped, and as every rank counts as remote nobody opens it.
 
     MPICH itself would remove it in Finalize, which is never called.
     """
     for line in Path("/proc/self/maps").read_text().splitlines():
-        _, slash, name = line.partition("/dev/shm/mpich_shm_")
-        if slash:
-            Path(slash + name).unlink(missing_ok=True)
+        _, start, name = line.partition("/dev/shm/mpich_shm_")
+        if start:
+            Path(start + name).unlink(missing_ok=True)
 
 
 def main() -> None:
-    world = int(sys.argv[1])
+    world, mpi_rank = int(sys.argv[1]), int(os.environ["PMI_RANK"])
     agent = Agent(os.environ["GEMINI_AGENT"])
-    agent.send("hello", role="host", pid=os.getpid(), world=world, mpi_rank=int(os.environ["PMI_RANK"]))
-    Host(agent, Arena.open(Path(os.environ["GEMINI_ARENA"])), world).run()
+    agent.send("hello", role="host", pid=os.getpid(), world=world, mpi_rank=mpi_rank)
+    host = Host(agent, Arena.open(Path(os.environ["GEMINI_ARENA"])))
+    agent.send("host_ready", world=world, mpi_rank=mpi_rank)
+    host.run()
 
 
 if __name__ == "__main__":
@@ -267,6 +273,6 @@ if __name__ == "__main__":
         main()
     except ConnectionError:  # the agent is gone
         os._exit(0)
-    except BaseException:  # noqa: BLE001 (the outermost loop: MPI must not learn how the process ends)
+    except BaseException:  # noqa: BLE001 (the outermost loop: nothing may run MPI's own exit)
         traceback.print_exc()
         os._exit(1)

@@ -125,7 +125,7 @@ def test_counts_that_cannot_be() -> None:
     assert "protect.replicas is 2 but cluster.nodes is 1" in refused(nodes=1)
     assert "cluster.nodes" in refused(nodes=0)
     assert "cluster.spares" in refused(spares=-1)
-    assert "cluster.spares=1" in refused("drills=[{step: 9}]", spares=0)
+    assert "cluster.spares=1" in refused("drills=[{step: 9, rank: 1}]", spares=0)
 
 
 def test_several_mistakes_are_counted() -> None:

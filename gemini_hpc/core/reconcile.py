@@ -1,0 +1,255 @@
+"""What should be: looks only at the state, never at an event, and orders the next moves towards it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from gemini_hpc.core import recovery, replication
+from gemini_hpc.core.messages import Join, Load, Persist, Pull, Safe, Serve, StartWorld
+from gemini_hpc.core.state import Phase, Source, Worker, World
+from gemini_hpc.core.turn import Turn
+from gemini_hpc.core.types import FRESH
+
+
+def reconcile(turn: Turn) -> None:
+    """Bring the cluster one move nearer to where it should be."""
+    _keep_world(turn)
+    if turn.cluster.phase is Phase.FORMING:
+        _form(turn)
+    if turn.cluster.phase is Phase.GATHERING:
+        _gather(turn)
+    if turn.cluster.phase is Phase.JOINING:
+        _watch_join(turn)
+    if turn.cluster.phase is Phase.RUNNING:
+        _run(turn)
+    if turn.cluster.phase is Phase.SAVING:
+        _save(turn)
+
+
+def _keep_world(turn: Turn) -> None:
+    """Keep one MPI world over the arenas of all living nodes."""
+    rules, world = turn.cluster.rules, turn.cluster.world
+    hosts = tuple(m.node for m in turn.alive if m.snapshot_bytes)
+    if world.state == "starting" and turn.now - world.since > rules.world_s:
+        turn.world_lost(world.number, f"not ready after {rules.world_s:.0f} s")
+        world = turn.cluster.world
+    if world.state == "starting" or not hosts:
+        return
+    if world.number == 0 and any(not m.snapshot_bytes for m in turn.alive):
+        return  # at the start, one world for all rather than one for each that comes
+    if world.state == "ready" and set(hosts) <= set(world.members):
+        return
+    resting = turn.now - world.since < world.failures - 1  # a second more after each failure in a row
+    if world.state == "lost" and (resting or world.failures > rules.max_restarts):
+        return
+    number = world.number + 1
+    turn.set(world=World(number, hosts, "starting", turn.now, world.failures), pulls={})
+    turn.order(StartWorld("", number, hosts))
+    turn.note("world", number=number, state="started", reason="")
+
+
+def _form(turn: Turn) -> None:
+    """Plan the next generation as soon as there is a node for every rank."""
+    cluster = turn.cluster
+    if cluster.generation == 0 and any(m.worker is not Worker.IDLE for m in turn.alive):
+        return  # the first time, wait for all that were asked for
+    if cluster.fruitless > cluster.rules.max_fruitless:
+        turn.finish("failed", f"{cluster.fruitless} generations in a row ended before a step was done")
+        return
+    plan = recovery.plan(cluster)
+    if plan is None:
+        _out_of_nodes(turn)
+        return
+    generation = cluster.generation + 1
+    turn.note(
+        "plan",
+        generation=generation,
+        step=plan.step,
+        reason=plan.reason,
+        moves=_moves(plan.ranks, plan.sources),
+    )
+    for rank, node in plan.ranks.items():
+        if cluster.ranks.get(rank) != node:
+            turn.note("promote", target=node, rank=rank, generation=generation)
+    turn.set(
+        generation=generation,
+        plan=plan,
+        ranks=plan.ranks,
+        copies={key: places for key, places in cluster.copies.items() if key[1] <= plan.step},
+        fetched=frozenset(r for r, s in plan.sources.items() if s.tier in ("fresh", "local")),
+        resumed=frozenset(),
+        stepped={},
+        done_since=-1.0,
+        loading=frozenset(),
+        safe_step=FRESH,
+        exposed=True,
+        fruitless=cluster.fruitless + 1,
+    )
+    turn.enter(Phase.GATHERING)
+
+
+def _out_of_nodes(turn: Turn) -> None:
+    """No node is left for some rank: save the newest complete step, so that nothing is lost, and stop."""
+    cluster = turn.cluster
+    newest = recovery.newest_common_step(cluster.copies, cluster.rules.world_size)
+    published = cluster.published.step if cluster.published else FRESH
+    if newest is None or newest <= published:
+        turn.finish("stopped", "no node is left for every rank")
+        return
+    turn.set(persisting=newest, files={})
+    for rank in range(cluster.rules.world_size):
+        node, copy = min(cluster.copies[rank, newest].items())
+        turn.order(Persist(node, rank, newest, copy.area, copy.half, copy.nbytes, copy.checksum))
+    turn.enter(Phase.SAVING)
+
+
+def _save(turn: Turn) -> None:
+    cluster = turn.cluster
+    if cluster.persisting == FRESH:
+        saved = cluster.published.step if cluster.published else "nothing"
+        turn.finish("stopped", f"no node is left for every rank; the newest checkpoint is step {saved}")
+    elif turn.in_phase_for() > cluster.rules.join_s:
+        turn.finish("stopped", f"no node is left for every rank, and step {cluster.persisting} could not be saved")
+
+
+def _gather(turn: Turn) -> None:
+    """New members fetch while survivors leave the old group; then everybody is told to join."""
+    cluster, plan = turn.cluster, turn.cluster.plan
+    assert plan is not None
+    for rank, node in plan.ranks.items():
+        if rank not in cluster.fetched:
+            _fetch(turn, rank, node)
+    for node in plan.ranks.values():
+        member = turn.cluster.members[node]
+        if member.worker is Worker.BUSY and turn.in_phase_for() > cluster.rules.leave_s:
+            turn.lose_worker(node, f"did not leave its group within {cluster.rules.leave_s:.0f} s")
+            return
+    members = turn.cluster.members
+    if len(turn.cluster.fetched) < len(plan.ranks):
+        return
+    if any(members[node].worker is not Worker.IDLE for node in plan.ranks.values()):
+        return
+    store = members[plan.ranks[0]].store
+    for rank, node in plan.ranks.items():
+        half = turn.cluster.copies[rank, plan.step][node].half if plan.step != FRESH else 0
+        turn.order(Join(node, cluster.generation, rank, plan.step, half, store))
+        turn.set_worker(node, Worker.BUSY, joined=cluster.generation)
+    turn.enter(Phase.JOINING)
+
+
+def _fetch(turn: Turn, rank: int, node: str) -> None:
+    cluster, plan = turn.cluster, turn.cluster.plan
+    assert plan is not None
+    source = plan.sources[rank]
+    if source.tier == "persistent":
+        if rank in cluster.loading or not cluster.members[node].snapshot_bytes:
+            return
+        assert cluster.published is not None
+        name, _, checksum = cluster.published.files[rank]
+        turn.order(Load(node, cluster.generation, rank, plan.step, 0, 0, name, checksum))
+        turn.set(loading=cluster.loading | {rank})
+    else:
+        copy = cluster.copies[rank, plan.step][source.node]
+        missing = replication.Missing(rank, plan.step, node, 0, source.node, copy)
+        if not _pull(turn, missing):
+            return
+    turn.note("fetch_started", rank=rank, source=source.node, tier=source.tier, generation=cluster.generation)
+
+
+def _pull(turn: Turn, want: replication.Missing) -> bool:
+    """Order one read, if both hosts are up and it is the pair's turn. Replicas mirror the owner's half."""
+    cluster, world = turn.cluster, turn.cluster.world
+    hosts = (cluster.members[want.holder], cluster.members[want.source])
+    if world.state != "ready" or any(m.host_world != world.number for m in hosts):
+        return False
+    if not replication.turn_is_free(cluster.pulls, want.holder, want.source):
+        return False
+    pull = Pull(
+        node=want.holder,
+        generation=cluster.generation,
+        rank=want.rank,
+        step=want.step,
+        source=want.source,
+        target=world.members.index(want.source),
+        source_area=want.copy.area,
+        source_half=want.copy.half,
+        area=want.area,
+        half=want.copy.half,
+        nbytes=want.copy.nbytes,
+        checksum=want.copy.checksum,
+        deadline_s=cluster.rules.fetch_s,
+    )
+    turn.order(Serve(want.source, cluster.rules.fetch_s))
+    turn.order(pull)
+    turn.set(pulls={**cluster.pulls, want.holder: pull})
+    return True
+
+
+def _watch_join(turn: Turn) -> None:
+    cluster = turn.cluster
+    assert cluster.plan is not None
+    if len(cluster.resumed) == cluster.rules.world_size:
+        turn.enter(Phase.RUNNING)
+    elif turn.in_phase_for() > cluster.rules.join_s:
+        late = [node for rank, node in cluster.ranks.items() if rank not in cluster.resumed]
+        for node in late:
+            turn.lose_worker(node, f"did not resume within {cluster.rules.join_s:.0f} s")
+    elif 0 <= cluster.trouble_since < turn.now - cluster.rules.suspect_s:
+        turn.open_generation("a collective failed while the group formed, and nobody is dead")
+
+
+def _run(turn: Turn) -> None:
+    cluster = turn.cluster
+    for want in replication.missing(cluster):
+        _pull(turn, want)
+    _advance_safe(turn)
+    _start_persist(turn)
+    _end_run(turn)
+    if turn.cluster.phase is Phase.RUNNING and 0 <= cluster.trouble_since < turn.now - cluster.rules.suspect_s:
+        turn.open_generation("a collective failed, and nobody is dead")
+
+
+def _advance_safe(turn: Turn) -> None:
+    newest = replication.newest_safe(turn.cluster)
+    if newest <= turn.cluster.safe_step:
+        return
+    copies = {key: places for key, places in turn.cluster.copies.items() if key[1] >= newest}
+    turn.set(safe_step=newest, copies=copies)
+    for member in turn.alive:
+        turn.order(Safe(member.node, turn.cluster.generation, newest))
+    turn.note("safe", step=newest, generation=turn.cluster.generation)
+    if turn.cluster.exposed:
+        turn.set(exposed=False)
+        turn.note("protected", step=newest, generation=turn.cluster.generation)
+
+
+def _start_persist(turn: Turn) -> None:
+    cluster = turn.cluster
+    if cluster.persisting != FRESH or cluster.safe_step < cluster.next_persist:
+        return
+    turn.set(persisting=cluster.safe_step, files={})
+    for rank, node in cluster.ranks.items():
+        copy = cluster.copies[rank, cluster.safe_step][node]
+        turn.order(Persist(node, rank, cluster.safe_step, 0, copy.half, copy.nbytes, copy.checksum))
+
+
+def _end_run(turn: Turn) -> None:
+    cluster = turn.cluster
+    total = cluster.rules.total_steps
+    done = len(cluster.stepped) == cluster.rules.world_size and min(cluster.stepped.values()) >= total
+    if not done:
+        return
+    if cluster.done_since < 0:
+        turn.set(done_since=turn.now)
+    gave_up = cluster.next_persist > total and cluster.persisting == FRESH
+    overdue = cluster.done_since >= 0 and turn.now - cluster.done_since > cluster.rules.finish_s
+    if turn.published_step() == total:
+        turn.finish("finished", f"all {total} steps are done")
+    elif gave_up or overdue:
+        turn.finish("finished", f"all {total} steps are done, but the last checkpoint could not be published")
+
+
+def _moves(ranks: Mapping[int, str], sources: Mapping[int, Source]) -> list[dict[str, Any]]:
+    return [
+        {"rank": rank, "node": node, "tier": sources[rank].tier, "source": sources[rank].node}
+        for rank, node in ranks.items()
+    ]

@@ -1,0 +1,143 @@
+"""The moves that the coordinator can make: each changes what is known and says what is to be done."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from gemini_hpc.core.messages import Abort, Command, Finish, Gone, Note, RestartWorker, Retire
+from gemini_hpc.core.state import Cluster, Copy, Member, Phase, Worker, next_persist
+from gemini_hpc.core.types import FRESH
+
+
+class Turn:
+    """One call of `coordinator.step`: a working copy of the state, the commands so far, and the moves on both."""
+
+    def __init__(self, cluster: Cluster, now: float) -> None:
+        self.cluster = cluster
+        self.now = now
+        self.commands: list[Command] = []
+
+    def set(self, **changes: Any) -> None:
+        self.cluster = replace(self.cluster, **changes)
+
+    def set_member(self, node: str, **changes: Any) -> None:
+        members = dict(self.cluster.members)
+        members[node] = replace(members[node], **changes)
+        self.set(members=members)
+
+    def set_worker(self, node: str, worker: Worker, **changes: Any) -> None:
+        self.set_member(node, worker=worker, worker_since=self.now, **changes)
+
+    def enter(self, phase: Phase) -> None:
+        self.set(phase=phase, phase_since=self.now)
+
+    def note(self, event: str, **details: Any) -> None:
+        self.commands.append(Note("", event, details))
+
+    def order(self, command: Command) -> None:
+        self.commands.append(command)
+
+    @property
+    def alive(self) -> list[Member]:
+        return [member for member in self.cluster.members.values() if member.alive]
+
+    def in_phase_for(self) -> float:
+        return self.now - self.cluster.phase_since
+
+    def published_step(self) -> int:
+        return self.cluster.published.step if self.cluster.published else FRESH
+
+    def suspect(self, node: str, kind: str, reason: str) -> None:
+        member = self.cluster.members[node]
+        if kind in member.evidence:
+            return
+        self.set_member(node, evidence={**member.evidence, kind: self.now})
+        self.note("suspect", target=node, evidence=kind, reason=reason)
+        if self.cluster.trouble_since >= 0 or len(member.evidence) > 0:
+            self.evict(node, f"{reason}, and a second witness agrees")
+
+    def evict(self, node: str, reason: str) -> None:
+        """Hard evidence, or soft evidence that was confirmed: the node is out."""
+        if not self.cluster.members[node].evidence:
+            self.note("suspect", target=node, evidence="exit", reason=reason)
+        self.set_member(node, alive=False, evidence={})
+        self.note("evict", target=node, generation=self.cluster.generation + 1, reason=reason)
+        self.order(Retire(node, self.cluster.generation + 1))
+        self._forget_copies_on(node)
+        if self.cluster.persisting != FRESH:  # its shard will never come: tried again with the next safe step
+            self.set(persisting=FRESH, files={})
+        members = self.cluster.world.members
+        if node in members:
+            for other in self.alive:
+                if other.host_world == self.cluster.world.number:
+                    self.order(Gone(other.node, (members.index(node),)))
+        if node in self.cluster.ranks.values():
+            self.open_generation(f"{node} is lost")
+
+    def open_generation(self, reason: str) -> None:
+        """Fence the old generation: its workers drop their collectives, its messages change nothing."""
+        cluster = self.cluster
+        if cluster.phase is Phase.SAVING:
+            return
+        if cluster.phase is not Phase.FORMING:
+            for member in self.alive:
+                if member.worker is Worker.BUSY:
+                    self.order(Abort(member.node, cluster.generation))
+            self.note("abort", generation=cluster.generation, reason=reason)
+        self.set(plan=None, trouble_since=-1.0)
+        self.enter(Phase.FORMING)
+
+    def lose_worker(self, node: str, reason: str) -> None:
+        """The node lives, its worker does not: start another there, unless it keeps failing."""
+        member, rules = self.cluster.members[node], self.cluster.rules
+        self.note("suspect", target=node, evidence="worker", reason=reason)
+        if member.restarts >= rules.max_restarts:
+            self.evict(node, f"its worker failed {member.restarts + 1} times in a row: {reason}")
+            return
+        self.set_worker(node, Worker.BUILDING, restarts=member.restarts + 1)
+        self.order(RestartWorker(node))
+        if node in self.cluster.ranks.values():
+            rank = next(r for r, n in self.cluster.ranks.items() if n == node)
+            self.note("evict", target=node, rank=rank, generation=self.cluster.generation + 1, reason=reason)
+            self.open_generation(f"the worker of {node} is lost")
+
+    def world_lost(self, number: int, reason: str) -> None:
+        world = self.cluster.world
+        if number != world.number or world.state not in ("starting", "ready"):
+            return
+        failures = world.failures + 1
+        self.set(world=replace(world, state="lost", since=self.now, failures=failures), pulls={})
+        self.note("world", number=number, state="lost", reason=reason)
+
+    def add_copy(self, rank: int, at_step: int, node: str, copy: Copy) -> None:
+        copies: dict[tuple[int, int], Mapping[str, Copy]] = dict(self.cluster.copies)
+        for (other_rank, other_step), places in self.cluster.copies.items():
+            here = places.get(node)
+            if here and other_step != at_step and (here.area, here.half) == (copy.area, copy.half):
+                copies[other_rank, other_step] = {n: c for n, c in places.items() if n != node}
+        copies[rank, at_step] = {**copies.get((rank, at_step), {}), node: copy}
+        self.set(copies={key: places for key, places in copies.items() if places})
+
+    def drop_copy(self, rank: int, at_step: int, node: str) -> None:
+        copies = dict(self.cluster.copies)
+        copies[rank, at_step] = {n: c for n, c in copies.get((rank, at_step), {}).items() if n != node}
+        self.set(copies={key: places for key, places in copies.items() if places})
+
+    def _forget_copies_on(self, node: str) -> None:
+        kept = {
+            key: {n: copy for n, copy in places.items() if n != node} for key, places in self.cluster.copies.items()
+        }
+        pulls = {h: pull for h, pull in self.cluster.pulls.items() if node not in (h, pull.source)}
+        self.set(copies={key: places for key, places in kept.items() if places}, pulls=pulls)
+
+    def end_persist(self) -> None:
+        following = next_persist(self.cluster.rules, self.cluster.persisting)
+        self.set(persisting=FRESH, files={}, next_persist=following)
+
+    def finish(self, state: str, reason: str) -> None:
+        for member in self.alive:
+            self.order(Finish(member.node, state, reason))
+        self.order(Finish("", state, reason))
+        self.note("run", state=state, reason=reason)
+        self.set(outcome=state)
+        self.enter(Phase.FINISHED)
