@@ -1,7 +1,7 @@
 """How long training stands still for a snapshot, beside a plain copy of the same bytes into the same memory.
 
 One worker's engine (rank 0 of 4 over the fake group) is built for GPT-2 of several sizes; then a snapshot and a
-plain copy take turns, so that both see the same machine. `python benchmarks/snapshot.py` writes
+plain copy take turns, so that both see the same machine, each with cold caches, as after a training step. `python benchmarks/snapshot.py` writes
 benchmarks/results/snapshot.json.
 """
 
@@ -21,20 +21,20 @@ from gemini_hpc.arena import OWN, Arena, Geometry, Record, State
 from gemini_hpc.config import load_run
 
 WORLD_SIZE = 4
-HIDDEN = (192, 768, 1536)
-LAYERS = 12
+SIZES = ((192, 4), (768, 12), (1536, 12))  # hidden, layers; the first is the preset `small`
+CACHE_BYTES = 64 << 20
 RUNS = 3
 PAIRS = 15
 
 
-def measure(hidden: int) -> dict[str, float]:
+def measure(hidden: int, layers: int) -> dict[str, float]:
     """One run in this process: medians over PAIRS of the snapshot's and the copy's seconds."""
     from gemini_hpc.engine import builder
     from gemini_hpc.engine.elastic import ElasticWorld
     from gemini_hpc.models import job
     from gemini_hpc.models.presets import ModelShape
 
-    shape = ModelShape("gpt2", hidden, 4 * hidden, LAYERS, heads=4, vocab=256, seq_len=128)
+    shape = ModelShape("gpt2", hidden, 4 * hidden, layers, heads=4, vocab=256, seq_len=128)
     job.model_shape = lambda *_: shape
     builder.prepare(threads=1)
     ElasticWorld(0, WORLD_SIZE, "127.0.0.1", timeout_s=60)
@@ -42,18 +42,22 @@ def measure(hidden: int) -> dict[str, float]:
     built = builder.build(job.build, run, rank=0)
     with tempfile.TemporaryDirectory(dir=run.site.shm_dir) as folder:
         arena = Arena.create(Path(folder, "arena"), Geometry(1, built.shard.nbytes), "benchmark")
+        others = np.zeros(CACHE_BYTES, np.uint8)
         source = np.random.default_rng(0).integers(0, 255, built.shard.nbytes, np.uint8)
         snapshots, copies = [], []
         for turn in range(PAIRS + 2):
             half = turn % 2
+            others += 1
             start = time.perf_counter()
             arena.write_record(OWN, half, Record(State.WRITING, 0, turn, 1))
             built.shard.capture(arena.payload(OWN, half), turn)
             arena.write_record(OWN, half, Record(State.WRITTEN, 0, turn, 1, built.shard.nbytes))
-            between = time.perf_counter()
-            np.copyto(np.frombuffer(arena.payload(OWN, half), np.uint8), source)
-            snapshots.append(between - start)
-            copies.append(time.perf_counter() - between)
+            snapshots.append(time.perf_counter() - start)
+            others += 1
+            place = np.frombuffer(arena.payload(OWN, half), np.uint8)
+            start = time.perf_counter()
+            np.copyto(place, source)
+            copies.append(time.perf_counter() - start)
     snapshot_s, copy_s = statistics.median(snapshots[2:]), statistics.median(copies[2:])
     return {
         "bytes": built.shard.nbytes,
@@ -65,11 +69,11 @@ def measure(hidden: int) -> dict[str, float]:
 
 def main() -> None:
     if len(sys.argv) > 1:
-        print(json.dumps(measure(int(sys.argv[1]))), flush=True)
+        print(json.dumps(measure(*map(int, sys.argv[1:]))), flush=True)
         os._exit(0)
     results = []
-    for hidden in HIDDEN:
-        runs = [_in_a_process(hidden) for _ in range(RUNS)]
+    for hidden, layers in SIZES:
+        runs = [_in_a_process(hidden, layers) for _ in range(RUNS)]
         ratios = [run["ratio"] for run in runs]
         summary = SimpleNamespace(bytes=runs[0]["bytes"], ratio=statistics.median(ratios))
         print(
@@ -77,14 +81,14 @@ def main() -> None:
             f"  copy {statistics.median(r['copy_s'] for r in runs) * 1e3:7.2f} ms"
             f"  ratio {summary.ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         )
-        results.append({"hidden": hidden, "layers": LAYERS, **vars(summary), "runs": runs})
+        results.append({"hidden": hidden, "layers": layers, **vars(summary), "runs": runs})
     target = Path(__file__).parent / "results" / "snapshot.json"
     target.write_text(json.dumps({"world_size": WORLD_SIZE, "cores": os.cpu_count(), "sizes": results}, indent=1) + "\n")
     print(f"written to {target}")
 
 
-def _in_a_process(hidden: int) -> dict[str, float]:
-    done = subprocess.run([sys.executable, __file__, str(hidden)], capture_output=True, text=True, timeout=600)
+def _in_a_process(hidden: int, layers: int) -> dict[str, float]:
+    done = subprocess.run([sys.executable, __file__, str(hidden), str(layers)], capture_output=True, text=True, timeout=600)
     if done.returncode:
         sys.exit(done.stderr[-2000:])
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

@@ -19,7 +19,8 @@ from deepspeed.runtime.zero import parameter_offload, partition_parameters
 from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401  imported late otherwise: 1.2 s
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
-from gemini_hpc.engine.capture import Shard, seed_generators
+from gemini_hpc.engine.capture import Shard
+from gemini_hpc.engine.generators import seed_generators
 from gemini_hpc.engine.training import Training
 from gemini_hpc.errors import UserError
 
@@ -80,11 +81,6 @@ def make_engine(entry: Entry, run: Any) -> tuple[Any, Training]:
         lr_scheduler=training.lr_scheduler,
     )
     return engine, training
-
-
-def start_generators(seed: int, rank: int) -> None:
-    """Seed the generators of a fresh run: differently on each rank, as dropout wants."""
-    seed_generators(seed * 1_000_003 + rank + 1)
 
 
 def destroy(built: Built) -> None:

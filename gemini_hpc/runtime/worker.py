@@ -29,6 +29,7 @@ from gemini_hpc.core.messages import (  # noqa: E402
 from gemini_hpc.core.types import FRESH  # noqa: E402
 from gemini_hpc.engine import builder, reset, versions  # noqa: E402
 from gemini_hpc.engine.elastic import ElasticWorld, is_peer_failure  # noqa: E402
+from gemini_hpc.engine.generators import start_generators  # noqa: E402
 from gemini_hpc.engine.training import train_step  # noqa: E402
 from gemini_hpc.runtime.channel import Channel  # noqa: E402
 from gemini_hpc.runtime.children import PARENT  # noqa: E402
@@ -110,7 +111,7 @@ class Worker:
         joined = time.monotonic()
         self._arena = self._arena or Arena.open(self._paths.arena(self._node))
         if join.step == FRESH:
-            builder.start_generators(self._run.train.seed, join.rank)
+            start_generators(self._run.train.seed, join.rank)
             self._last_snapshot = None
             self._snapshot(0, join, wait=False)
         else:

@@ -1,0 +1,67 @@
+"""However a run is ended, it ends within seconds and leaves nothing behind."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from gemini_hpc.runtime.processes import sweep
+from tests.cluster.runs import GONE_S, SHM, Run, call, drills, until
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+SMALL = ("cluster.nodes=2", "cluster.spares=0", "train.steps=2000", "verify=false", drills())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_a_signal_to_submit_ends_the_run(number: signal.Signals, tmp_path: Path) -> None:
+    with Run(tmp_path, *SMALL) as run:
+        run.wait_for_training(step=3)
+        run.submit.send_signal(number)
+        run.wait_for_end(-9 if number == signal.SIGKILL else 130, timeout_s=GONE_S)
+        run.assert_nothing_is_left()
+        assert run.status["state"] == "stopped"
+        if number != signal.SIGKILL:
+            assert "--resume" in run.text
+
+
+def test_ctrl_c_while_the_workers_start(tmp_path: Path) -> None:
+    with Run(tmp_path, *SMALL) as run:
+        until(lambda: run.pids("gemini_hpc.runtime.worker"), "a worker", GONE_S)
+        run.submit.send_signal(signal.SIGINT)
+        run.wait_for_end(130, timeout_s=GONE_S)
+
+
+def test_the_next_start_sweeps_what_a_killed_supervisor_left(tmp_path: Path) -> None:
+    with Run(tmp_path, *SMALL) as run:
+        run.wait_for_training(step=3)
+        os.kill(run.supervisor(), signal.SIGKILL)
+        run.wait_for_end(1, timeout_s=GONE_S)
+        until(lambda: not run.pids(), f"the end of {run.pids()}", GONE_S)  # the kernel and the channels see to it
+        assert list(SHM.glob(f"gemini-{run.paths.run_id}*"))  # that is what has to be swept
+        assert call("status", str(run.run_dir)).returncode == 0
+        assert run.paths.run_id in sweep(SHM)
+        run.assert_nothing_is_left()
+
+
+def test_two_runs_side_by_side(tmp_path: Path) -> None:
+    """Neither knows of the other, and neither is hurt by an attempt to resume it."""
+    places = [tmp_path / "one", tmp_path / "two"]
+    for place in places:
+        place.mkdir()
+    settings = ("cluster.nodes=2", "train.steps=40", "verify=false", "drills=[{step: 10, rank: 1}]")
+    with Run(places[0], *settings) as one, Run(places[1], *settings) as two:
+        one.wait_for_training(step=2)
+        keys, config = one.paths.keys.read_bytes(), one.paths.config.read_bytes()
+        refused = call("submit", "--resume", str(one.run_dir))
+        assert refused.returncode == 2 and refused.stdout == ""
+        assert refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1
+        assert "is being run already" in refused.stderr
+        assert (one.paths.keys.read_bytes(), one.paths.config.read_bytes()) == (keys, config)
+        for run in (one, two):
+            run.wait_for_end()
+            assert run.status["state"] == "finished" and run.status["persistent_step"] == 40
+            assert [event["target"] for event in run.events("evict")] == ["node1"]
+            assert [event["step"] for event in run.events("step", rank=0)][-1] == 40
+        assert one.losses() == two.losses()
