@@ -117,9 +117,9 @@ class Rank:
 
     def start(self, rank: int) -> None:
         """Begin at step 0."""
-        from gemini_hpc.engine import builder
+        from gemini_hpc.engine.generators import start_generators
 
-        builder.start_generators(self._run.train.seed, rank)
+        start_generators(self._run.train.seed, rank)
         self._built.fresh = False
         self.capture(0)
 
@@ -195,6 +195,7 @@ class Rank:
     def reference(self, case: dict[str, Any], rank: int, size: int, meeting: str, steps: int) -> None:
         """Train undisturbed, in plain gloo, with nothing of ours but the step."""
         from gemini_hpc.engine import builder
+        from gemini_hpc.engine.generators import start_generators
         from gemini_hpc.engine.plain import join_plain_group
         from gemini_hpc.engine.training import train_step
         from tests.engine import job
@@ -203,7 +204,7 @@ class Rank:
         builder.prepare(1)
         join_plain_group(Path(meeting), rank, size, 60.0)
         engine, training = builder.make_engine(builder.load_entry(run.train.entry), run)
-        builder.start_generators(run.train.seed, rank)
+        start_generators(run.train.seed, rank)
         for step in range(1, steps + 1):
             self._send({"loss": train_step(engine, training, step, rank), "step": step, "rank": rank})
 

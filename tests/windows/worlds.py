@@ -1,7 +1,8 @@
-"""Worlds of real window hosts, with the test in the place of their agents."""
+"""A world of real window hosts, with the test in the place of their agents."""
 
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -22,41 +23,32 @@ WAIT_S = 20.0
 
 
 class World:
-    """One MPI world over `arenas`; MPI rank i serves arenas[i]. The methods play the agents."""
+    """One MPI world over `arenas`; MPI rank i serves arenas[i]. Made, it has said hello, but may not be ready."""
 
     def __init__(self, place: Path, arenas: list[Arena], number: int = 1) -> None:
         self.arenas = arenas
         self.number = number
         self.inbox: list[list[dict[str, Any]]] = [[] for _ in arenas]
         self.ids = count()
-        listeners, specs = [], []
-        for rank, arena in enumerate(arenas):
-            path = place / f"{number}-{rank}"
-            listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            listener.bind(str(path))
-            listener.listen()
-            listener.settimeout(WAIT_S)
-            listeners.append(listener)
-            specs.append(HostSpec(f"node{rank}", arena.path, path))
-        command, environment = mpiexec_command(Path(sys.executable), "test", number, specs, os.environ)
         self.log = place / f"world-{number}.log"
+        self.mpich_id = ""
+        paths = [place / f"{number}-{rank}" for rank in range(len(arenas))]
+        listeners = [_listen(path) for path in paths]
+        specs = [HostSpec(f"node{i}", arena.path, paths[i]) for i, arena in enumerate(arenas)]
+        command, environment = mpiexec_command(Path(sys.executable), "test", number, specs, os.environ)
         with self.log.open("wb") as log:
-            self.launcher = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+            self.launcher = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self.channels = [listener.accept()[0] for listener in listeners]
         for listener in listeners:
             listener.close()
-        hellos = [self.wait(rank, "hello") for rank in range(len(arenas))]
-        assert [(h["role"], h["world"], h["mpi_rank"]) for h in hellos] == [
-            ("host", number, rank) for rank in range(len(arenas))
-        ]
+        hellos = [self.wait(rank, "hello", role="host", world=number, mpi_rank=rank) for rank in range(len(arenas))]
         self.pids = [int(hello["pid"]) for hello in hellos]
-        self.shields = [int(Path(f"/proc/{pid}/stat").read_text().split()[3]) for pid in self.pids]
+        self.shields = [parent(pid) for pid in self.pids]
 
     def ready(self) -> "World":
         for rank in range(len(self.arenas)):
-            assert self.wait(rank, "host_ready")["mpi_rank"] == rank
+            self.wait(rank, "host_ready", world=self.number, mpi_rank=rank)
+        assert self.find_mpich_id(0)
         return self
 
     def send(self, rank: int, kind: str, /, **fields: Any) -> None:
@@ -72,46 +64,67 @@ class World:
                     return message
             ready, _, _ = select.select([self.channels[rank]], [], [], max(0.0, end - time.monotonic()))
             packet = self.channels[rank].recv(256 << 10) if ready else b""
-            assert packet, f"no {kind} from rank {rank} (world log: {self.log.read_text()[-2000:]})"
+            assert packet, f"no {kind} from rank {rank}, log of the world: {self.log.read_text()[-2000:]}"
             self.inbox[rank].append(json.loads(packet))
 
-    def pull(self, rank: int, source: int, half: int = 0, deadline_s: float = WAIT_S) -> int:
-        """Order `rank` to pull the sealed snapshot of `source` into its replica area; return the order's id."""
-        record = self.arenas[source].record(OWN, half)
-        order = next(self.ids)
-        self.send(
-            rank,
-            "pull",
-            id=order,
-            target=source,
-            source_area=OWN,
-            source_half=half,
-            area=1,
-            half=half,
-            rank=record.rank,
-            step=record.step,
-            generation=record.generation,
-            nbytes=record.nbytes,
-            checksum=record.checksum,
-            deadline_s=deadline_s,
-        )
-        return order
+    def publish(self, rank: int, nbytes: int, step: int = 1) -> Record:
+        """Write a snapshot of random bytes into half 0 of the node's own area and have it sealed."""
+        arena = self.arenas[rank]
+        arena.payload(OWN, 0)[:nbytes] = Random(f"{rank} {step}").randbytes(nbytes)
+        arena.write_record(OWN, 0, Record(State.WRITTEN, rank, step, 1, nbytes))
+        self.send(rank, "seal", half=0)
+        self.wait(rank, "sealed", half=0, step=step, nbytes=nbytes)
+        return arena.record(OWN, 0)
+
+    def pull(self, rank: int, source: int, deadline_s: float = WAIT_S) -> int:
+        """Order `rank` to pull the sealed snapshot of `source` into half 0 of its replica area; return the id."""
+        record = self.arenas[source].record(OWN, 0)
+        order = {
+            "id": next(self.ids),
+            "target": source,
+            "source_area": OWN,
+            "source_half": 0,
+            "area": 1,
+            "half": 0,
+            "rank": record.rank,
+            "step": record.step,
+            "generation": record.generation,
+            "nbytes": record.nbytes,
+            "checksum": record.checksum,
+            "deadline_s": deadline_s,
+        }
+        self.send(rank, "pull", **order)
+        return int(order["id"])
 
     def pulled(self, rank: int, order: int) -> dict[str, Any]:
         return self.wait(rank, "pulled", id=order)
 
-    def publish(self, rank: int, nbytes: int, step: int = 1, half: int = 0) -> Record:
-        """Write a snapshot of random bytes into the node's own area and have it sealed."""
+    def holds(self, rank: int, record: Record) -> bool:
+        """Whether the replica area of `rank` holds that snapshot, by its record and by its bytes."""
         arena = self.arenas[rank]
-        arena.payload(OWN, half)[:nbytes] = Random(f"{rank} {step}").randbytes(nbytes)
-        arena.write_record(OWN, half, Record(State.WRITTEN, rank, step, 1, nbytes))
-        self.send(rank, "seal", half=half)
-        self.wait(rank, "sealed", step=step)
-        return arena.record(OWN, half)
+        found = checksum(arena.payload(1, 0)[: record.nbytes])
+        return arena.record(1, 0) == record and found == record.checksum
+
+    def stop(self, rank: int) -> None:
+        os.kill(self.pids[rank], signal.SIGSTOP)
+
+    def resume(self, rank: int) -> None:
+        os.kill(self.pids[rank], signal.SIGCONT)
 
     def kill(self, rank: int) -> None:
         os.kill(self.pids[rank], signal.SIGKILL)
         until(lambda: not alive(self.pids[rank]))
+
+    def find_mpich_id(self, rank: int) -> str:
+        """Look for the number in the names of MPICH's files, which all ranks of a world share."""
+        maps = Path(f"/proc/{self.pids[rank]}/maps").read_text()
+        if found := re.search(r"/mpich_shm_([0-9a-f]+)_", maps):
+            self.mpich_id = found[1]
+        return self.mpich_id
+
+    def files(self) -> list[Path]:
+        """Return what MPICH has in /dev/shm for this world."""
+        return list(Path("/dev/shm").glob(f"mpich_*_{self.mpich_id}_*")) if self.mpich_id else []
 
     def close(self) -> None:
         """Kill the launcher; the shields and hosts must follow by themselves."""
@@ -122,23 +135,32 @@ class World:
             channel.close()
 
 
+def _listen(path: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(str(path))
+    listener.listen()
+    listener.settimeout(WAIT_S)
+    return listener
+
+
+def parent(pid: int) -> int:
+    return int(_status(pid)[1])
+
+
 def alive(pid: int) -> bool:
+    """Whether the process runs; one that has ended and waits for its parent does not."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        return _status(pid)[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return False
 
 
-def until(condition: Callable[[], object], wait_s: float = WAIT_S) -> None:
-    end = time.monotonic() + wait_s
+def _status(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + WAIT_S
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.001)
-
-
-def holds(arena: Arena, record: Record, half: int = 0) -> bool:
-    """Whether the replica area holds that snapshot, by its record and by its bytes."""
-    return (
-        arena.record(1, half) == record
-        and checksum(arena.payload(1, half)[: record.nbytes]) == record.checksum
-    )
