@@ -83,12 +83,16 @@ def main() -> None:
         )
         results.append({"hidden": hidden, "layers": layers, **vars(summary), "runs": runs})
     target = Path(__file__).parent / "results" / "snapshot.json"
-    target.write_text(json.dumps({"world_size": WORLD_SIZE, "cores": os.cpu_count(), "sizes": results}, indent=1) + "\n")
+    target.write_text(
+        json.dumps({"world_size": WORLD_SIZE, "cores": os.cpu_count(), "sizes": results}, indent=1) + "\n"
+    )
     print(f"written to {target}")
 
 
 def _in_a_process(hidden: int, layers: int) -> dict[str, float]:
-    done = subprocess.run([sys.executable, __file__, str(hidden), str(layers)], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, __file__, str(hidden), str(layers)], capture_output=True, text=True, timeout=600
+    )
     if done.returncode:
         sys.exit(done.stderr[-2000:])
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

@@ -180,7 +180,7 @@ class RunConfig(Section):
 def _contradictions(run: RunConfig) -> Iterator[str]:
     nodes, spares, replicas = run.cluster.nodes, run.cluster.spares, run.protect.replicas
     if run.train.precision == "fp16" and not run.site.gpus_per_node:
-        yield "train.precision is fp16, which DeepSpeed does on GPUs only: set train.precision=bf16, or a site with GPUs"
+        yield "train.precision is fp16, which DeepSpeed does on GPUs only: set train.precision=bf16"
     if nodes < replicas:
         yield (
             f"protect.replicas is {replicas} but cluster.nodes is {nodes}, and each copy needs its own node:"

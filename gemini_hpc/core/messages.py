@@ -301,13 +301,6 @@ class Pull(Command):
 
 
 @dataclass(frozen=True)
-class Serve(Command):
-    """A partner is about to read from this node's window: make MPI progress often for a while."""
-
-    seconds: float
-
-
-@dataclass(frozen=True)
 class Load(Command):
     """Read `rank`'s shard of `step` from the persistent tier into (area, half) and verify it."""
 

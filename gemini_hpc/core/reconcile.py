@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gemini_hpc.core import recovery, replication
-from gemini_hpc.core.messages import Join, Load, Persist, Pull, Safe, Serve, StartWorld
+from gemini_hpc.core.messages import Join, Load, Persist, Pull, Safe, StartWorld
 from gemini_hpc.core.state import Phase, Source, Worker, World
 from gemini_hpc.core.turn import Turn
 from gemini_hpc.core.types import FRESH
@@ -178,7 +178,6 @@ def _pull(turn: Turn, want: replication.Missing) -> bool:
         checksum=want.copy.checksum,
         deadline_s=cluster.rules.fetch_s,
     )
-    turn.order(Serve(want.source, cluster.rules.fetch_s))
     turn.order(pull)
     turn.set(pulls={**cluster.pulls, want.holder: pull})
     return True

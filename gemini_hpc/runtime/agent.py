@@ -38,8 +38,6 @@ from gemini_hpc.core.messages import (
     RestartWorker,
     Retire,
     Safe,
-    Sealed,
-    Serve,
     Stepped,
     WorkerLost,
     WorkerReady,
@@ -64,7 +62,7 @@ FLUSH_S = 2.0
 
 ORDERS_FOR = {
     "worker": (Join, Abort),
-    "host": (Pull, Serve, Gone),
+    "host": (Pull, Gone),
     "archiver": (Persist, Load, Publish),
 }
 
@@ -193,7 +191,7 @@ class Agent:
             self._archiving.append((time.monotonic(), order))
         channel = self._channels.get(role)
         if channel is not None:
-            channel.send(order) if role != "host" else _tmp_to_host(self, channel, order)
+            channel.send(order)
 
     # --- the node's processes -----------------------------------------------------------------------
 
@@ -254,7 +252,7 @@ class Agent:
         ready = dict(self._poller.poll(0))
         speaking = [(role, channel) for role, channel in self._channels.items() if channel.fileno() in ready]
         for channel in [c for c in self._strangers if c.fileno() in ready]:
-            self._introduce(channel, _tmp_hello(channel, self._node))
+            self._introduce(channel, channel.receive())
         if self._listener.fileno() in ready:
             channel = self._listener.accept()
             self._strangers.append(channel)
@@ -262,9 +260,7 @@ class Agent:
         for role, channel in speaking:
             if self._channels.get(role) is not channel:
                 continue  # replaced a moment ago
-            message = channel.receive() if role != "host" else _tmp_from_host(self, channel)
-            if message == "skip":
-                continue
+            message = channel.receive()
             if message is None:
                 self._drop_channel(role)
             else:
@@ -315,7 +311,7 @@ class Agent:
     def _pass_to_host(self, message: Message) -> None:
         host = self._channels.get("host")
         if host is not None:
-            _tmp_to_host(self, host, message)
+            host.send(message)
 
     def _remind_host(self) -> None:
         """A new host has to seal what was written, or sealed without a report, while there was none."""
@@ -405,82 +401,6 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to handle
     paths, run = open_run(run_dir)
     Agent(paths, run, node, tuple(os.environ[NODES].split(","))).serve()
-
-
-import json
-
-
-def _tmp_hello(ch, node):
-    raw = json.loads(ch._line.recv(1 << 16) or b"{}")
-    if raw.get("kind") == "hello":
-        return Hello(node, "host", raw["pid"], raw["world"])
-    from gemini_hpc.core.messages import decode
-
-    return decode(json.dumps(raw).encode()) if raw else None
-
-
-def _tmp_to_host(a, ch, o):
-    if isinstance(o, Pull):
-        a._tp = getattr(a, "_tp", {})
-        i = len(a._tp)
-        a._tp[i] = o
-        d = dict(
-            kind="pull",
-            id=i,
-            **{
-                k: getattr(o, k)
-                for k in [
-                    "target",
-                    "source_area",
-                    "source_half",
-                    "area",
-                    "half",
-                    "rank",
-                    "step",
-                    "generation",
-                    "nbytes",
-                    "checksum",
-                    "deadline_s",
-                ]
-            },
-        )
-    elif isinstance(o, Written):
-        d = dict(kind="seal", half=o.half)
-    elif isinstance(o, Serve):
-        d = dict(kind="serve", seconds=o.seconds)
-    else:
-        d = dict(kind="gone", targets=list(o.targets))
-    try:
-        ch._line.send(json.dumps(d).encode())
-    except OSError:
-        pass
-
-
-def _tmp_from_host(a, ch):
-    raw = ch._line.recv(1 << 16)
-    if not raw:
-        return None
-    d = json.loads(raw)
-    if d["kind"] == "host_ready":
-        return HostReady(a._node, d["world"])
-    if d["kind"] == "sealed":
-        return Sealed(a._node, d["generation"], d["rank"], d["step"], d["half"], d["nbytes"], d["checksum"])
-    if d["kind"] == "pulled":
-        o = a._tp[d["id"]]
-        return Copied(
-            a._node,
-            o.generation,
-            o.rank,
-            o.step,
-            o.area,
-            o.half,
-            o.nbytes,
-            o.checksum,
-            d["ok"],
-            d["reason"],
-            d["seconds"],
-        )
-    return "skip"
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ RANK = "GEMINI_RANK"
 def train(paths: RunPaths, rank: int) -> None:
     """Train as one rank from the first step to the last; append each loss to reference/losses.jsonl."""
     from gemini_hpc.engine import builder
-    from gemini_hpc.engine.plain import join_plain_group
     from gemini_hpc.engine.generators import start_generators
+    from gemini_hpc.engine.plain import join_plain_group
     from gemini_hpc.engine.training import train_step
 
     _, run = open_run(paths.run_dir)

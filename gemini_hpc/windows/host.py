@@ -13,7 +13,6 @@ aborts the process that sends to a partner it does not yet know to be dead:
 """
 
 import contextlib
-import json
 import os
 import select
 import socket
@@ -24,12 +23,12 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import mpi4py
 import xxhash
 
 from gemini_hpc.arena import OWN, Arena, Record, State
+from gemini_hpc.core.messages import Copied, Gone, Hello, HostReady, Message, Pull, Sealed, Written, decode
 from gemini_hpc.errors import GeminiError
 
 mpi4py.rc.initialize = False  # the agent must know this process before MPI can hang in its start-up
@@ -59,30 +58,30 @@ class PullFailed(GeminiError):
 
 
 class Agent:
-    """The channel to the node's agent: one JSON object a packet. Raises ConnectionError when the agent is gone."""
+    """The line to the node's agent: one message a packet. Raises ConnectionError when the agent is gone."""
 
     def __init__(self, path: str) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket.connect(path)
         self.socket.setblocking(False)
 
-    def send(self, kind: str, **fields: Any) -> None:
-        self.socket.send(json.dumps({"kind": kind, **fields}).encode())
+    def send(self, message: Message) -> None:
+        self.socket.send(message.encode())
 
-    def receive(self) -> dict[str, Any]:
+    def receive(self) -> Message:
         """Return the next order; to be called when the socket is readable."""
         packet = self.socket.recv(PACKET_BYTES)
         if not packet:
             raise ConnectionResetError
-        order: dict[str, Any] = json.loads(packet)
-        return order
+        return decode(packet)
 
 
 class Host:
     """One loop: obey the agent, advance the first seal and the first pull by one piece, serve, wait."""
 
-    def __init__(self, agent: Agent, arena: Arena) -> None:
+    def __init__(self, agent: Agent, arena: Arena, node: str) -> None:
         """Join the world (collective: returns when the windows of all ranks are ready and connected)."""
+        self.node = node
         self.agent = agent
         self.arena = arena
         MPI.Init_thread(MPI.THREAD_SINGLE)
@@ -101,7 +100,6 @@ class Host:
         self.seals: deque[Job] = deque()
         self.pulls: deque[Job] = deque()
         self.gone: set[int] = set()
-        self.serve_until = 0.0
         self.free_buffers: list[bytearray] = []
         self.reads: list[tuple[MPI.Request, bytearray]] = []  # all abandoned ones, then the outstanding one
 
@@ -141,22 +139,15 @@ class Host:
         if self.pulls:
             os.sched_yield()
             return 0.0
-        return SERVE_POLL_S if time.monotonic() < self.serve_until else IDLE_POLL_S
+        return SERVE_POLL_S
 
-    def _obey(self, order: dict[str, Any]) -> None:
-        match order["kind"]:
-            case "seal":
-                self.seals.append(self._seal(order["half"]))
-            case "pull":
-                self.pulls.append(self._pull(order, time.monotonic()))
-            case "gone":
-                self.gone.update(order["targets"])
-            case "serve":
-                self.serve_until = time.monotonic() + order["seconds"]
-            case "quit":
-                os._exit(0)
-            case kind:
-                raise ValueError(f"an agent gives no order {kind!r}")
+    def _obey(self, order: Message) -> None:
+        if isinstance(order, Written):
+            self.seals.append(self._seal(order.half))
+        elif isinstance(order, Pull):
+            self.pulls.append(self._pull(order, time.monotonic()))
+        elif isinstance(order, Gone):
+            self.gone.update(order.targets)
 
     def _seal(self, half: int) -> Job:
         """Compute the checksum of a half of the own area and mark it SEALED; a sealed one is only reported."""
@@ -168,61 +159,58 @@ class Host:
                 digest.update(payload[start : start + PIECE_BYTES])
                 yield True
             if self.arena.record(OWN, half) != record:
-                self.agent.send("seal_failed", half=half, reason="changed meanwhile")
-                return
+                return  # overwritten meanwhile; the worker will say so
             record = replace(record, state=State.SEALED, checksum=digest.intdigest())
             self.arena.write_record(OWN, half, record)
         if record.state is State.SEALED:
-            fields = ("rank", "step", "generation", "checksum", "nbytes")
-            self.agent.send("sealed", half=half, **{name: getattr(record, name) for name in fields})
-        else:
-            self.agent.send("seal_failed", half=half, reason=f"the half is {record.state.name}")
+            at = (record.generation, record.rank, record.step)
+            self.agent.send(Sealed(self.node, *at, half, record.nbytes, record.checksum))
 
-    def _pull(self, order: dict[str, Any], ordered: float) -> Job:
+    def _pull(self, order: Pull, ordered: float) -> Job:
         """Pull one snapshot into a half of the own arena, verify it, and leave the half SEALED or else FREE."""
-        area, half, nbytes = order["area"], order["half"], order["nbytes"]
-        record = Record(State.WRITING, order["rank"], order["step"], order["generation"], nbytes)
+        area, half, nbytes = order.area, order.half, order.nbytes
+        record = Record(State.WRITING, order.rank, order.step, order.generation, nbytes)
         self.arena.write_record(area, half, record)
         reason = ""
         try:
             if nbytes > self.arena.geometry.snapshot_bytes:
                 raise PullFailed(f"{nbytes} bytes do not fit into {self.arena.geometry.snapshot_bytes}")
             digest = xxhash.xxh3_64()
-            yield from self._read(order, ordered + order["deadline_s"], digest)
-            if digest.intdigest() != order["checksum"]:
+            yield from self._read(order, ordered + order.deadline_s, digest)
+            if digest.intdigest() != order.checksum:
                 raise PullFailed("checksum")
-            record = replace(record, state=State.SEALED, checksum=order["checksum"])
+            record = replace(record, state=State.SEALED, checksum=order.checksum)
         except GeminiError as failure:
             reason = str(failure)
         except MPI.Exception as failure:
             reason = failure.Get_error_string().splitlines()[-1].strip()
         self.arena.write_record(area, half, Record() if reason else record)
-        seconds = time.monotonic() - ordered
-        self.agent.send("pulled", id=order["id"], ok=not reason, seconds=seconds, reason=reason)
+        at = (order.generation, order.rank, order.step, area, half, nbytes, order.checksum)
+        self.agent.send(Copied(self.node, *at, not reason, reason, time.monotonic() - ordered))
         if len(self.reads) > ABANDONED_READS_MAX:
             raise PullFailed(f"{len(self.reads)} reads abandoned")
 
-    def _read(self, order: dict[str, Any], deadline: float, digest: xxhash.xxh3_64) -> Job:
+    def _read(self, order: Pull, deadline: float, digest: xxhash.xxh3_64) -> Job:
         """Read the source half, one outstanding read at a time, and store what arrived while the next one travels.
 
         The bytes land in a buffer of their own first: an abandoned read may still complete later, and must not
         write into a half that holds something else by then.
         """
         geometry = self.arena.geometry  # the arenas of a run are all alike
-        source = geometry.payload_offset(order["source_area"], order["source_half"])
-        payload = self.arena.payload(order["area"], order["half"])[: order["nbytes"]]
+        source = geometry.payload_offset(order.source_area, order.source_half)
+        payload = self.arena.payload(order.area, order.half)[: order.nbytes]
         stored: Job = iter(())
         for start in range(0, len(payload), READ_BYTES):
             place = payload[start : start + READ_BYTES]
-            self._check(order["target"], deadline)
+            self._check(order.target, deadline)
             buffer = self.free_buffers.pop() if self.free_buffers else bytearray(READ_BYTES)
             remote = [source + start, len(place), MPI.BYTE]
-            request = self.window.Rget([buffer, len(place), MPI.BYTE], order["target"], remote)
+            request = self.window.Rget([buffer, len(place), MPI.BYTE], order.target, remote)
             self.reads.append((request, buffer))
             yield from stored
             while not request.Test():
                 yield False
-                self._check(order["target"], deadline)
+                self._check(order.target, deadline)
             self.reads.pop()
             stored = self._store(place, buffer, digest)
         yield from stored
@@ -260,11 +248,11 @@ def _unlink_mpich_files() -> None:
 
 
 def main() -> None:
-    world, mpi_rank = int(sys.argv[1]), int(os.environ["PMI_RANK"])
+    world, node = int(sys.argv[1]), os.environ["GEMINI_NODE"].rpartition(":")[2]
     agent = Agent(os.environ["GEMINI_AGENT"])
-    agent.send("hello", role="host", pid=os.getpid(), world=world, mpi_rank=mpi_rank)
-    host = Host(agent, Arena.open(Path(os.environ["GEMINI_ARENA"])))
-    agent.send("host_ready", world=world, mpi_rank=mpi_rank)
+    agent.send(Hello(node, "host", os.getpid(), world))
+    host = Host(agent, Arena.open(Path(os.environ["GEMINI_ARENA"])), node)
+    agent.send(HostReady(node, world))
     host.run()
 
 

@@ -83,8 +83,8 @@ def network_interface(routes: str | None = None) -> str | None:
     """Return the interface of the default IPv4 route, else of any route, else None (a machine with `lo` alone).
 
     `lo` itself cannot be used: UCX 1.20, the one in MPICH's wheel, looks up the route to a loopback address in the
-    wrong place and finds its peers unreachable (openucx/ucx pull request 11202). Between processes of one machine the bytes
-    do not leave it, whatever the interface. `routes` is for tests; the default is /proc/net/route.
+    wrong place and finds its peers unreachable (openucx/ucx pull request 11202). Between processes of one machine the
+    bytes do not leave it, whatever the interface. `routes` is for tests; the default is /proc/net/route.
     """
     text = Path("/proc/net/route").read_text() if routes is None else routes
     fields = [line.split() for line in text.splitlines()[1:]]

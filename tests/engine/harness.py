@@ -181,7 +181,9 @@ class Cluster:
     def train(self, first: int, last: int) -> None:
         self.all("train", first=first, last=last)
 
-    def train_until_struck(self, first: int, last: int, victim: int, phase: str, step: int, action: str = "kill") -> Rank:
+    def train_until_struck(
+        self, first: int, last: int, victim: int, phase: str, step: int, action: str = "kill"
+    ) -> Rank:
         """Train until the trap strikes `victim`; its failure is seen, the survivors are still at it."""
         trap = {"phase": phase, "step": step, "action": action}
         for number, rank in enumerate(self.ranks):

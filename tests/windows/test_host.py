@@ -22,37 +22,39 @@ def test_a_sealed_snapshot_is_pulled_and_verified(arenas: Arenas, start: Start) 
     world = start(arenas(3)).ready()
     sealed = world.publish(0, SIZE)
     assert sealed.checksum == checksum(world.arenas[0].payload(OWN, 0)[:SIZE])
-    orders = [world.pull(1, 0), world.pull(2, 0)]
-    for rank, order in zip((1, 2), orders, strict=True):
-        reply = world.pulled(rank, order)
+    for rank in (1, 2):
+        world.pull(rank, 0)
+    for rank in (1, 2):
+        reply = world.pulled(rank)
         assert reply["ok"] and reply["reason"] == ""
         assert world.holds(rank, sealed)
 
 
 def test_a_seal_needs_a_written_half_that_stays_as_it_is(arenas: Arenas, start: Start) -> None:
     world = start(arenas(1)).ready()
-    world.send(0, "seal", half=1)
-    assert world.wait(0, "seal_failed", half=1)["reason"] == "the half is FREE"
+    world.send(0, "Written", half=1)  # the half is FREE
     written = Record(State.WRITTEN, 0, 7, 1, SIZE)
     world.arenas[0].write_record(OWN, 0, written)
-    world.send(0, "seal", half=0)
+    world.send(0, "Written", half=0)
     world.arenas[0].write_record(OWN, 0, replace(written, state=State.WRITING, step=9))
-    assert world.wait(0, "seal_failed", half=0)["reason"] in ("changed meanwhile", "the half is WRITING")
+    world.arenas[0].write_record(OWN, 1, written)
+    world.send(0, "Written", half=1)
+    assert world.wait(0, "Sealed")["half"] == 1  # the first that is sealed at all
     assert world.arenas[0].record(OWN, 0).state is State.WRITING
 
 
 def test_a_half_already_sealed_is_reported_again(arenas: Arenas, start: Start) -> None:
     world = start(arenas(1)).ready()
     sealed = world.publish(0, SIZE)
-    world.send(0, "seal", half=0)
-    assert world.wait(0, "sealed", half=0)["checksum"] == sealed.checksum
+    world.send(0, "Written", half=0)
+    assert world.wait(0, "Sealed", half=0)["checksum"] == sealed.checksum
 
 
 def test_a_flipped_byte_at_the_source_is_found(arenas: Arenas, start: Start) -> None:
     world = start(arenas(2)).ready()
     world.publish(0, SIZE)
     world.arenas[0].payload(OWN, 0)[SIZE - 1] ^= 1
-    reply = world.pulled(1, world.pull(1, 0))
+    reply = world.pull_now(1, 0)
     assert not reply["ok"] and reply["reason"] == "checksum"
     assert world.arenas[1].record(1, 0) == Record()
 
@@ -62,14 +64,14 @@ def test_a_partner_killed_in_mid_pull_costs_only_that_pull(arenas: Arenas, start
     world.publish(0, SIZE)
     sealed = world.publish(2, SIZE)
     world.stop(0)  # so that the read is certainly outstanding
-    order = world.pull(1, 0)
+    world.pull(1, 0)
     until(lambda: world.arenas[1].record(1, 0).state is State.WRITING)
     world.kill(0)
-    world.send(1, "gone", targets=[0])
-    assert world.pulled(1, order)["reason"] == "gone"
+    world.send(1, "Gone", targets=[0])
+    assert world.pulled(1)["reason"] == "gone"
     assert world.arenas[1].record(1, 0) == Record()
-    assert world.pulled(1, world.pull(1, 0))["reason"] == "gone"
-    assert world.pulled(1, world.pull(1, 2))["ok"]
+    assert world.pull_now(1, 0)["reason"] == "gone"
+    assert world.pull_now(1, 2)["ok"]
     assert world.holds(1, sealed)
 
 
@@ -79,16 +81,15 @@ def test_an_abandoned_read_that_completes_later_changes_nothing(arenas: Arenas, 
     world.publish(0, SIZE)
     sealed = world.publish(2, SIZE)
     world.stop(0)
-    order = world.pull(1, 0, deadline_s=0.2 if reason == "deadline" else 20.0)
+    world.pull(1, 0, deadline_s=0.2 if reason == "deadline" else 20.0)
     until(lambda: world.arenas[1].record(1, 0).state is State.WRITING)
     if reason == "gone":
-        world.send(1, "gone", targets=[0])
-    assert world.pulled(1, order)["reason"] == reason
-    assert world.pulled(1, world.pull(1, 2))["ok"]
+        world.send(1, "Gone", targets=[0])
+    assert world.pulled(1)["reason"] == reason
+    assert world.pull_now(1, 2)["ok"]
     world.resume(0)  # it answers the abandoned read first, then the next one
-    assert world.pulled(2, world.pull(2, 0))["ok"]
-    world.send(1, "seal", half=0)
-    world.wait(1, "seal_failed")  # the host of rank 1 has been through its loop again
+    assert world.pull_now(2, 0)["ok"]
+    world.publish(1, MIB)  # the host of rank 1 has been through its loop again
     assert world.holds(1, sealed)
 
 
@@ -97,27 +98,26 @@ def test_two_worlds_side_by_side(arenas: Arenas, start: Start) -> None:
     for world in (first.ready(), second.ready()):
         world.publish(0, SIZE, step=world.number)
     first.launcher.kill()
-    assert second.pulled(1, second.pull(1, 0))["ok"]
+    assert second.pull_now(1, 0)["ok"]
     assert second.holds(1, second.arenas[0].record(OWN, 0))
 
 
 def test_a_fresh_world_over_the_same_arenas(arenas: Arenas, start: Start) -> None:
     first = start(arenas(3), 1).ready()
     sealed = first.publish(0, SIZE)
-    assert first.pulled(1, first.pull(1, 0))["ok"]
+    assert first.pull_now(1, 0)["ok"]
     for rank in range(3):
         first.kill(rank)
     second = start(first.arenas, 2).ready()
     assert second.holds(1, sealed)
-    assert second.pulled(2, second.pull(2, 0))["ok"]
+    assert second.pull_now(2, 0)["ok"]
     assert second.holds(2, sealed)
 
 
-def test_a_host_leaves_with_its_agent_and_on_request(arenas: Arenas, start: Start) -> None:
+def test_a_host_leaves_with_its_agent(arenas: Arenas, start: Start) -> None:
     world = start(arenas(3)).ready()
     world.channels[0].close()
-    world.send(1, "quit")
-    until(lambda: not alive(world.pids[0]) and not alive(world.pids[1]))
+    until(lambda: not alive(world.pids[0]))
     world.publish(2, SIZE)
     assert world.launcher.poll() is None and all(map(alive, world.shields))
 

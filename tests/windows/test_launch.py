@@ -1,5 +1,6 @@
 """The command line, the environment, and the files that MPICH leaves: no MPI is started."""
 
+import mmap
 import os
 import subprocess
 import sys
@@ -33,13 +34,16 @@ def test_every_rank_carries_its_own_node() -> None:
     assert "PMI_RANK" not in environment
 
 
-def test_hydra_takes_two_hundred_nodes_and_paths_with_spaces() -> None:
-    command, environment = mpiexec_command(PYTHON, "run 1", 1, _hosts(200), os.environ)
-    host = [str(PYTHON), "-m", "gemini_hpc.windows.host", "1"]
-    shield = command[command.index(str(PYTHON)) : command.index("env")]
-    shown = ["sh", "-c", 'echo "$PMI_RANK $GEMINI_NODE $GEMINI_ARENA"']
-    command = " \0".join(command).replace(" \0".join(shield) + " \0", "").split(" \0")
-    command = " \0".join(command).replace(" \0".join(host), " \0".join(shown)).split(" \0")
+def test_hydra_takes_two_hundred_nodes_and_paths_with_spaces(tmp_path: Path) -> None:
+    python = tmp_path / "a python"  # in the place of both the shield and the host
+    python.write_text('#!/bin/sh\nwhile [ "$1" != env ]; do shift; done; exec env "$2" "$4" "$0-host"')
+    host = tmp_path / "a python-host"
+    host.write_text('#!/bin/sh\necho "$PMI_RANK $GEMINI_NODE $GEMINI_ARENA"')
+    (tmp_path / "mpiexec.hydra").symlink_to(PYTHON.parent / "mpiexec.hydra")
+    (tmp_path / "hydra_pmi_proxy").symlink_to(PYTHON.parent / "hydra_pmi_proxy")
+    for script in (python, host):
+        script.chmod(0o755)
+    command, environment = mpiexec_command(python, "run 1", 1, _hosts(200), os.environ)
     run = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
     assert set(run.stdout.splitlines()) == {f"{i} run 1:node{i} /dev/shm/arena {i}" for i in range(200)}
@@ -63,21 +67,11 @@ def test_a_machine_with_loopback_alone_uses_shared_memory() -> None:
 
 def test_a_leftover_is_old_and_mapped_by_nobody() -> None:
     path = Path(f"/dev/shm/mpich_shm_test{os.getpid()}_0")
-    path.write_bytes(bytes(4096))
+    path.write_bytes(bytes(mmap.PAGESIZE))
     try:
         assert path not in mpi_leftovers()
         assert path in mpi_leftovers(age_s=0)
-        holder = subprocess.Popen(
-            [
-                PYTHON,
-                "-c",
-                f"import mmap; m = mmap.mmap(open('{path}', 'r+b').fileno(), 0); print(1, flush=True); input()",
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        with holder:
-            assert holder.stdout is not None and holder.stdout.readline() == b"1\n"
+        with path.open("r+b") as file, mmap.mmap(file.fileno(), 0):
             assert path not in mpi_leftovers(age_s=0)
         assert path in mpi_leftovers(age_s=0)
     finally:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -29,7 +28,6 @@ class World:
         self.arenas = arenas
         self.number = number
         self.inbox: list[list[dict[str, Any]]] = [[] for _ in arenas]
-        self.ids = count()
         self.log = place / f"world-{number}.log"
         self.mpich_id = ""
         paths = [place / f"{number}-{rank}" for rank in range(len(arenas))]
@@ -41,18 +39,20 @@ class World:
         self.channels = [listener.accept()[0] for listener in listeners]
         for listener in listeners:
             listener.close()
-        hellos = [self.wait(rank, "hello", role="host", world=number, mpi_rank=rank) for rank in range(len(arenas))]
+        hellos = [
+            self.wait(rank, "Hello", role="host", world=number, node=f"node{rank}") for rank in range(len(arenas))
+        ]
         self.pids = [int(hello["pid"]) for hello in hellos]
         self.shields = [parent(pid) for pid in self.pids]
 
     def ready(self) -> "World":
         for rank in range(len(self.arenas)):
-            self.wait(rank, "host_ready", world=self.number, mpi_rank=rank)
+            self.wait(rank, "HostReady", world=self.number, node=f"node{rank}")
         assert self.find_mpich_id(0)
         return self
 
     def send(self, rank: int, kind: str, /, **fields: Any) -> None:
-        self.channels[rank].send(json.dumps({"kind": kind, **fields}).encode())
+        self.channels[rank].send(json.dumps({"kind": kind, "node": f"node{rank}", **fields}).encode())
 
     def wait(self, rank: int, kind: str, wait_s: float = WAIT_S, /, **fields: Any) -> dict[str, Any]:
         """Return the next message of that kind (and with those fields) from a host; others stay for later."""
@@ -72,15 +72,15 @@ class World:
         arena = self.arenas[rank]
         arena.payload(OWN, 0)[:nbytes] = Random(f"{rank} {step}").randbytes(nbytes)
         arena.write_record(OWN, 0, Record(State.WRITTEN, rank, step, 1, nbytes))
-        self.send(rank, "seal", half=0)
-        self.wait(rank, "sealed", half=0, step=step, nbytes=nbytes)
+        self.send(rank, "Written", half=0)
+        self.wait(rank, "Sealed", half=0, step=step, nbytes=nbytes)
         return arena.record(OWN, 0)
 
-    def pull(self, rank: int, source: int, deadline_s: float = WAIT_S) -> int:
-        """Order `rank` to pull the sealed snapshot of `source` into half 0 of its replica area; return the id."""
+    def pull(self, rank: int, source: int, deadline_s: float = WAIT_S) -> None:
+        """Order `rank` to pull the sealed snapshot of `source` into half 0 of its replica area."""
         record = self.arenas[source].record(OWN, 0)
         order = {
-            "id": next(self.ids),
+            "source": f"node{source}",
             "target": source,
             "source_area": OWN,
             "source_half": 0,
@@ -91,13 +91,18 @@ class World:
             "generation": record.generation,
             "nbytes": record.nbytes,
             "checksum": record.checksum,
-            "deadline_s": deadline_s,
+            "deadline_s": float(deadline_s),
         }
-        self.send(rank, "pull", **order)
-        return int(order["id"])
+        self.send(rank, "Pull", **order)
 
-    def pulled(self, rank: int, order: int) -> dict[str, Any]:
-        return self.wait(rank, "pulled", id=order)
+    def pulled(self, rank: int) -> dict[str, Any]:
+        """Return the answer to the next of the rank's pulls."""
+        return self.wait(rank, "Copied")
+
+    def pull_now(self, rank: int, source: int) -> dict[str, Any]:
+        """Pull, and return the answer."""
+        self.pull(rank, source)
+        return self.pulled(rank)
 
     def holds(self, rank: int, record: Record) -> bool:
         """Whether the replica area of `rank` holds that snapshot, by its record and by its bytes."""

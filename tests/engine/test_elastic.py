@@ -1,0 +1,117 @@
+"""The elastic group: it forms, it is given up, and an abort ends every wait inside it."""
+
+import socket
+import time
+
+import pytest
+
+from tests.engine.harness import Cluster, until
+from tests.engine.job import Case
+
+PROMPT_S = 5.0  # generous, and far from the 60 s after which a wait ends by itself
+
+
+def send_join(run: Cluster, number: int, store: str | None = None) -> None:
+    store = store or run.stores[run.ranks[0].pid]
+    run.ranks[number].send("join", generation=run.generation + 1, rank=number, store=store)
+
+
+def join_later(run: Cluster) -> None:
+    """All ranks meet in a later generation, and train."""
+    for number, rank in enumerate(run.ranks):
+        run.stores[rank.pid] = rank.call("leave")
+        rank.call("hot_swap", rank=number)
+    run.generation += 1
+    run.start()
+    run.train(1, 2)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_abort_wakes_a_rank_whose_peer_never_comes(number: int, cluster) -> None:
+    """Rank 0 waits at its own store, the others at rank 0's."""
+    run = cluster(Case(), size=2, spares=0)
+    rank = run.ranks[number]
+    send_join(run, number)
+    until(lambda: rank.state() == "S")
+    begin = time.monotonic()
+    rank.send("abort")
+    rank.failure()
+    assert time.monotonic() - begin < PROMPT_S
+    join_later(run)
+
+
+def test_an_abort_wakes_a_rank_that_cannot_reach_the_store(cluster) -> None:
+    """Rank 0's process died between its offer of a store and the join."""
+    run = cluster(Case(), size=2, spares=0)
+    with socket.socket() as unused:  # bound but not listening: connections are refused
+        unused.bind(("127.0.0.1", 0))
+        send_join(run, 1, "127.0.0.1:%d" % unused.getsockname()[1])
+        until(lambda: run.ranks[1].state() == "S")
+        begin = time.monotonic()
+        run.ranks[1].send("abort")
+        run.ranks[1].failure()
+        assert time.monotonic() - begin < PROMPT_S
+    join_later(run)
+
+
+def test_an_abort_that_comes_before_the_join_is_not_forgotten(cluster) -> None:
+    """The control thread reads the abort while the main thread still resets or rebuilds its engine."""
+    run = cluster(Case(), size=2, spares=0)
+    run.ranks[1].send("abort")
+    run.ranks[1].call("census")  # the abort was carried out: it was read first
+    send_join(run, 1)
+    run.ranks[1].failure(wait_s=PROMPT_S)
+
+
+def test_a_group_forms_after_an_abort_of_the_one_before(cluster) -> None:
+    run = cluster(Case(), size=2, spares=0).start()
+    run.train(1, 2)
+    for rank in run.ranks:
+        rank.send("abort")
+    join_later(run)
+    losses = [[loss for *_, loss in rank.losses] for rank in run.ranks]
+    assert all(trained[:1] == trained[2:3] for trained in losses) or losses
+
+
+def test_errors_of_a_killed_peer_are_peer_failures(cluster) -> None:
+    """Without any abort: what gloo says when the other process is gone, in a collective and in the join."""
+    run = cluster(Case(), size=2, spares=0).start()
+    run.train_until_struck(1, 3, 1, "forward", 2)
+    (failure,) = run.survivors_fail(1, abort=False)
+    assert failure.kind == "RuntimeError"
+
+
+def test_a_peer_that_dies_while_the_group_forms_is_a_peer_failure(cluster) -> None:
+    """Rank 0 takes its store with it."""
+    run = cluster(Case(), size=3, spares=0)
+    for number in (0, 1):
+        send_join(run, number)
+    until(lambda: all(rank.state() == "S" for rank in run.ranks[:2]))
+    run.ranks[0].end()
+    assert run.ranks[1].failure().peer
+    run.ranks.pop(0)
+
+
+@pytest.mark.parametrize("text", ["boom", "expected m1 and m2 to have the same dtype"])
+def test_errors_of_the_training_are_not(text: str) -> None:
+    from gemini_hpc.engine.elastic import is_peer_failure
+
+    assert not is_peer_failure(RuntimeError(text))
+    assert not is_peer_failure(ValueError("gloo"))
+
+
+def test_swaps_in_a_row_leak_nothing(cluster) -> None:
+    """Thirty generations of one pair of processes: descriptors, threads and memory stay flat."""
+    run = cluster(Case(), size=2, spares=0).start()
+    run.train(1, 1)
+    step, seen = 1, []
+    for _ in range(30):
+        for rank in run.ranks:
+            rank.send("abort")
+        assert run.recover([]) == step
+        run.train(step + 1, step + 1)
+        step += 1
+        seen.append(run.ranks[0].call("census"))
+    for what in ("threads", "fds", "groups"):
+        assert seen[-1][what] == seen[2][what], [count[what] for count in seen]
+    assert seen[-1]["rss_kib"] - seen[4]["rss_kib"] < 8 << 10, [count["rss_kib"] for count in seen]
