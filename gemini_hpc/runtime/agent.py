@@ -44,12 +44,12 @@ from gemini_hpc.core.messages import (
     WorldFailed,
     Written,
 )
-from gemini_hpc.runtime.channel import Channel, Listener
-from gemini_hpc.runtime.children import PARENT, Child
+from gemini_hpc.runtime.children import PARENT
 from gemini_hpc.runtime.cluster import CLUSTER, NODES, address_of, coordinator_of
 from gemini_hpc.runtime.coordinator import Coordinator
+from gemini_hpc.runtime.household import Household, LineEnded, ProcessEnded
 from gemini_hpc.runtime.paths import RunPaths, open_run
-from gemini_hpc.runtime.processes import NODE_MARK, RUN_MARK, die_with_parent, wait_exit
+from gemini_hpc.runtime.processes import die_with_parent
 from gemini_hpc.runtime.wire import Wire
 from gemini_hpc.telemetry import EventLog, EventThread
 
@@ -59,6 +59,10 @@ LEASE_TIMEOUTS = 10
 
 FLUSH_S = 2.0
 """How long the end may wait for the event log."""
+
+ARCHIVER = "gemini_hpc.runtime.archiver"
+RESTART_S = 1.0
+"""Between the death of an archiver and the start of the next: one that cannot start must not fill the machine."""
 
 ORDERS_FOR = {
     "worker": (Join, Abort),
@@ -78,16 +82,14 @@ class Agent:
         self._wire = Wire(paths.keys)
         self._server = self._wire.listen(self._address)
         self._cluster = self._wire.call(os.environ[CLUSTER], node)
-        self._listener = Listener(paths.socket(node))
         self._poller = zmq.Poller()
+        self._household = Household(paths, node, self._poller)
         self._arena: Arena | None = None
         self._ready: WorkerReady | None = None  # a worker that waits for its arena
         self._making_arena: threading.Thread | None = None
         self._arena_failure = ""
-        self._strangers: list[Channel] = []  # connected, not introduced yet
-        self._channels: dict[str, Channel] = {}  # role -> the line to it
-        self._children: dict[str, Child] = {}
         self._host_world = 0
+        self._archiver_due = 0.0  # when one that died is started again; 0 = it lives
         self._archiving: list[tuple[float, Message]] = []  # orders that the archiver has not answered
         self._coordinator_id = ""  # of the coordinator's client on our server
         self._backlog: list[Event] = []  # events from before it came
@@ -103,17 +105,16 @@ class Agent:
 
     def serve(self) -> None:
         """Run until the run is over, or this node is evicted."""
-        for source in (self._server.socket, self._cluster.socket, self._listener):
+        for source in (self._server.socket, self._cluster.socket):
             self._poller.register(source, zmq.POLLIN)
         self._cluster.send(NodeUp(self._node, self._server.endpoint))
         self._start_worker()
-        self._start_archiver()
+        self._household.start("archiver", ARCHIVER)
         while not self._over:
             self._poller.poll(TICK_MS)
             self._read_cluster()
             self._read_orders()
-            self._read_children()
-            self._watch_children()
+            self._hear_children()
             self._finish_arena()
             self._watch_clock()
             self._note_stall()
@@ -122,8 +123,7 @@ class Agent:
         self._leave()
 
     def _leave(self) -> None:
-        for child in self._children.values():
-            child.end()
+        self._household.end_all()
         self._wire.close()
         self._events.close(FLUSH_S)
         self._paths.socket(self._node).unlink(missing_ok=True)
@@ -139,6 +139,9 @@ class Agent:
             self._over = True
         if self._archiving and now - self._archiving[0][0] > rules.archive_s:
             self._restart_archiver(f"no answer within {rules.archive_s:.0f} s")
+        elif 0 < self._archiver_due <= now:
+            self._archiver_due = 0.0
+            self._restart_archiver("it died")
 
     def _note_stall(self) -> None:
         """Say so when the loop stood still for long: others may have taken this node for dead."""
@@ -177,7 +180,6 @@ class Agent:
         if isinstance(order, (Finish, Retire)):
             self._over = True
         elif isinstance(order, RestartWorker):
-            self._end_worker()
             self._start_worker()
         elif isinstance(order, Safe):
             if self._arena is not None:
@@ -189,23 +191,14 @@ class Agent:
     def _pass_on(self, role: str, order: Command) -> None:
         if role == "archiver":
             self._archiving.append((time.monotonic(), order))
-        channel = self._channels.get(role)
-        if channel is not None:
-            channel.send(order)
+        self._household.send(role, order)
 
     # --- the node's processes -----------------------------------------------------------------------
 
-    def _start(self, role: str, module: str, **environment: str) -> None:
-        marks = {RUN_MARK: self._paths.run_id, NODE_MARK: f"{self._paths.run_id}:{self._node}"}
-        arguments = [str(self._paths.run_dir), self._node]
-        log = self._paths.logs / f"{role}-{self._node}.log"
-        child = Child(module, arguments, {**marks, **environment}, log)
-        self._children[role] = child
-        self._poller.register(child.pidfd, zmq.POLLIN)
-
     def _start_worker(self) -> None:
+        self._ready = None
         self._worker_starts += 1
-        self._start(
+        self._household.start(
             "worker",
             "gemini_hpc.runtime.worker",
             GEMINI_RANK=str(self._built_rank),
@@ -213,112 +206,59 @@ class Agent:
             GEMINI_RESTARTED=str(int(self._worker_starts > 1)),
         )
 
-    def _end_worker(self) -> None:
-        child = self._children.pop("worker", None)
-        if child is not None:
-            self._poller.unregister(child.pidfd)
-            child.end()
-        self._drop_channel("worker")
-        self._ready = None
-
-    def _start_archiver(self) -> None:
-        self._start("archiver", "gemini_hpc.runtime.archiver")
-
     def _restart_archiver(self, reason: str) -> None:
         """Kill a hung archiver, or follow a dead one; what it was ordered to do has failed."""
-        child = self._children.pop("archiver", None)
-        if child is not None:
-            self._poller.unregister(child.pidfd)
-            child.end()
-        self._drop_channel("archiver")
         failed, self._archiving = self._archiving, []
         for _, order in failed:
             self._tell(_failure(order, f"the archiver failed: {reason}"))
-        self._start_archiver()
+        self._household.start("archiver", ARCHIVER)
 
-    def _watch_children(self) -> None:
-        for role, child in list(self._children.items()):
-            if not wait_exit(child.pidfd, 0.0):
-                continue
-            if role == "archiver":
-                self._restart_archiver("it died")
-                continue
-            del self._children[role]
-            self._poller.unregister(child.pidfd)
-            self._tell(WorkerLost(self._node, child.reap()))
-            self._drop_channel(role)
-
-    def _read_children(self) -> None:
-        ready = dict(self._poller.poll(0))
-        speaking = [(role, channel) for role, channel in self._channels.items() if channel.fileno() in ready]
-        for channel in [c for c in self._strangers if c.fileno() in ready]:
-            self._introduce(channel, channel.receive())
-        if self._listener.fileno() in ready:
-            channel = self._listener.accept()
-            self._strangers.append(channel)
-            self._poller.register(channel.fileno(), zmq.POLLIN)
-        for role, channel in speaking:
-            if self._channels.get(role) is not channel:
-                continue  # replaced a moment ago
-            message = channel.receive()
-            if message is None:
-                self._drop_channel(role)
+    def _hear_children(self) -> None:
+        for role, news in self._household.news():
+            if isinstance(news, ProcessEnded):
+                if role == "worker":
+                    self._tell(WorkerLost(self._node, news.how))
+                else:
+                    self._archiver_due = time.monotonic() + RESTART_S
+            elif isinstance(news, LineEnded):
+                if role == "host":
+                    self._tell(HostLost(self._node, self._host_world, "its line to the agent ended"))
+            elif isinstance(news, Hello):
+                self._greet(news)
             else:
-                self._hear(message)
+                self._hear(news)
 
-    def _introduce(self, channel: Channel, hello: Message | None) -> None:
-        self._strangers.remove(channel)
-        if not isinstance(hello, Hello) or hello.role not in ORDERS_FOR:
-            self._poller.unregister(channel.fileno())
-            channel.close()
-            return
-        if hello.role in self._channels:
-            self._drop_channel(hello.role)
-        self._channels[hello.role] = channel
+    def _greet(self, hello: Hello) -> None:
         if hello.role == "host":
             self._host_world = hello.world
         if hello.role == "archiver":
             for _, order in self._archiving:  # ordered before it was up
-                channel.send(order)
-
-    def _drop_channel(self, role: str) -> None:
-        channel = self._channels.pop(role, None)
-        if channel is None:
-            return
-        self._poller.unregister(channel.fileno())
-        channel.close()
-        if role == "host":
-            self._tell(HostLost(self._node, self._host_world, "its line to the agent ended"))
+                self._household.send("archiver", order)
 
     def _hear(self, message: Message) -> None:
         """What a child says goes to the coordinator, after what it means here."""
         if isinstance(message, Written):
-            self._pass_to_host(message)
+            self._household.send("host", message)
             return
-        if isinstance(message, HostReady):
-            self._remind_host()
         if isinstance(message, WorkerReady):
             self._ready = message
             self._make_arena(message.snapshot_bytes)
             return
-        if isinstance(message, (Persisted, Published)) or (isinstance(message, Copied) and self._is_load(message)):
+        if isinstance(message, HostReady):
+            self._remind_host()
+        elif isinstance(message, (Persisted, Published)) or (isinstance(message, Copied) and self._is_load(message)):
             self._archiving = self._archiving[1:]
-        if isinstance(message, Stepped):
+        elif isinstance(message, Stepped):
             self._log_step(message)
         if isinstance(message, Event):
             self._tell(message)
-
-    def _pass_to_host(self, message: Message) -> None:
-        host = self._channels.get("host")
-        if host is not None:
-            host.send(message)
 
     def _remind_host(self) -> None:
         """A new host has to seal what was written, or sealed without a report, while there was none."""
         assert self._arena is not None
         for half in (0, 1):
             if self._arena.record(OWN, half).state in (State.WRITTEN, State.SEALED):
-                self._pass_to_host(Written(self._node, half))
+                self._household.send("host", Written(self._node, half))
 
     def _is_load(self, message: Copied) -> bool:
         order = self._archiving[0][1] if self._archiving else None
@@ -361,7 +301,7 @@ class Agent:
             return
         ready, self._ready = self._ready, None
         if self._arena_failure:
-            self._end_worker()
+            self._household.end("worker")
             self._tell(WorkerLost(self._node, self._arena_failure))
             return
         assert self._arena is not None

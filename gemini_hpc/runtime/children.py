@@ -17,6 +17,10 @@ ATTACHED = "GEMINI_ATTACHED"
 """The `submit` that waits for the run in the foreground; the run ends with it."""
 
 
+KILL_S = 1.0
+"""How long to wait for a killed process to be gone."""
+
+
 class Child:
     """A process that this one started and watches."""
 
@@ -40,9 +44,10 @@ class Child:
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
     def end(self, patience_s: float = 0.0) -> None:
-        """SIGTERM if there is patience, then SIGKILL; returns when it is gone."""
+        """SIGTERM if there is patience, then SIGKILL. One that hangs in the kernel (NFS) is left to die later."""
         if patience_s > 0:
             self._process.terminate()
             wait_exit(self.pidfd, patience_s)
         self._process.kill()
-        self.reap()
+        if wait_exit(self.pidfd, KILL_S):
+            self.reap()

@@ -70,11 +70,13 @@ class Rank:
         self._line, self.pid, self._log = line, pid, log
         self._pidfd = os.pidfd_open(pid)
         self.losses: list[tuple[int, int, float]] = []
+        self._sent = self._begun = 0
         self.seconds = 0.0
         self.arena: Arena | None = None
 
     def send(self, name: str, **arguments: Any) -> None:
         self._line.send(json.dumps([name, arguments]).encode())
+        self._sent += name != "abort"
 
     def answer(self, wait_s: float = WAIT_S) -> Any:
         """Wait for the answer to the oldest call; raises CallFailed, and AssertionError when there is none."""
@@ -85,8 +87,7 @@ class Rank:
             raw = self._line.recv(1 << 20)
             assert raw, f"{self.pid} is gone: {self._log.read_text()[-2000:]}"
             packet = json.loads(raw)
-            if "loss" in packet:
-                self.losses.append((packet["rank"], packet["step"], packet["loss"]))
+            if self._take(packet):
                 continue
             self.seconds = packet["seconds"]
             if "error" in packet:
@@ -124,18 +125,44 @@ class Rank:
     def _read_losses(self) -> None:
         while select.select([self._line], [], [], 0)[0] and (raw := self._line.recv(1 << 20)):
             packet = json.loads(raw)
-            assert "loss" in packet, packet
+            assert self._take(packet), packet
+
+    def _take(self, packet: dict[str, Any]) -> bool:
+        """Keep what is not an answer."""
+        if "loss" in packet:
             self.losses.append((packet["rank"], packet["step"], packet["loss"]))
+        elif "begun" in packet:
+            self._begun += 1
+        else:
+            return False
+        return True
 
     def end(self) -> None:
+        """Kill it, and see that it is gone. May be called twice."""
+        if self._pidfd < 0:
+            return
         try:
             os.kill(self.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
         gone = select.select([self._pidfd], [], [], WAIT_S)[0]
         os.close(self._pidfd)
+        self._pidfd = -1
         self._line.close()
         assert gone
+
+    def settle(self) -> None:
+        """Wait until the last call has begun and stands still: no use of a processor for a while."""
+        until(lambda: (self._read_losses(), self._begun == self._sent)[1])
+        used, since = self._cpu_ticks(), time.monotonic()
+        while time.monotonic() - since < 0.1:
+            if (now := self._cpu_ticks()) != used:
+                used, since = now, time.monotonic()
+            time.sleep(0.005)
+
+    def _cpu_ticks(self) -> int:
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
 
     def _stacks(self) -> str:
         if self.state() in "XZT":

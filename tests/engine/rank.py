@@ -40,6 +40,7 @@ class Rank:
         threading.Thread(target=self._listen, daemon=True).start()
         while True:
             name, arguments = self._calls.get()
+            self._send({"begun": name})
             start = time.monotonic()
             try:
                 answer = {"value": getattr(self, name)(**arguments)}

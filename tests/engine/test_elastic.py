@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from tests.engine.harness import Cluster, until
+from tests.engine.harness import Cluster
 from tests.engine.job import Case
 
 PROMPT_S = 5.0  # generous, and far from the 60 s after which a wait ends by itself
@@ -32,10 +32,10 @@ def test_an_abort_wakes_a_rank_whose_peer_never_comes(number: int, cluster) -> N
     run = cluster(Case(), size=2, spares=0)
     rank = run.ranks[number]
     send_join(run, number)
-    until(lambda: rank.state() == "S")
+    rank.settle()
     begin = time.monotonic()
     rank.send("abort")
-    rank.failure()
+    rank.failure(wait_s=PROMPT_S)
     assert time.monotonic() - begin < PROMPT_S
     join_later(run)
 
@@ -46,10 +46,10 @@ def test_an_abort_wakes_a_rank_that_cannot_reach_the_store(cluster) -> None:
     with socket.socket() as unused:  # bound but not listening: connections are refused
         unused.bind(("127.0.0.1", 0))
         send_join(run, 1, "127.0.0.1:%d" % unused.getsockname()[1])
-        until(lambda: run.ranks[1].state() == "S")
+        run.ranks[1].settle()
         begin = time.monotonic()
         run.ranks[1].send("abort")
-        run.ranks[1].failure()
+        run.ranks[1].failure(wait_s=PROMPT_S)
         assert time.monotonic() - begin < PROMPT_S
     join_later(run)
 
@@ -86,10 +86,10 @@ def test_a_peer_that_dies_while_the_group_forms_is_a_peer_failure(cluster) -> No
     run = cluster(Case(), size=3, spares=0)
     for number in (0, 1):
         send_join(run, number)
-    until(lambda: all(rank.state() == "S" for rank in run.ranks[:2]))
+    run.ranks[0].settle()
+    run.ranks[1].settle()
     run.ranks[0].end()
-    assert run.ranks[1].failure().peer
-    run.ranks.pop(0)
+    assert run.ranks[1].failure(wait_s=PROMPT_S).peer
 
 
 @pytest.mark.parametrize("text", ["boom", "expected m1 and m2 to have the same dtype"])

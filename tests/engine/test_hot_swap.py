@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.engine.harness import Cluster, until
+from tests.engine.harness import Cluster
 from tests.engine.job import Case
 
 STEPS = 8
@@ -59,7 +59,8 @@ def test_only_the_abort_wakes_survivors_of_a_frozen_peer(cluster, undisturbed) -
     """SIGSTOP stands for a node without power: no connection is reset."""
     run = cluster(HARD).start()
     frozen = run.train_until_struck(1, STEPS, 2, "backward", DEATH, "stop")
-    until(lambda: all(rank.state() == "S" for rank in run.ranks[:2]))
+    run.ranks[0].settle()
+    run.ranks[1].settle()
     with pytest.raises(AssertionError, match="no answer"):
         run.ranks[0].answer(wait_s=1.0)
     run.survivors_fail(2)

@@ -1,0 +1,436 @@
+"""One story per test: what fails, and what the coordinator makes of it."""
+
+from typing import Any
+
+import pytest
+
+from gemini_hpc.core import messages as m
+from gemini_hpc.core.state import Checkpoint, Phase, Worker
+from gemini_hpc.core.view import describe
+from tests.scenarios.fake_cluster import NBYTES, Content, FakeCluster, rules
+
+
+def started(**changes: Any) -> FakeCluster:
+    """A cluster in the middle of training, protected, at step 5 or later."""
+    return FakeCluster(rules(**changes)).run(lambda c: c.running() and c.reached(5) and c.cluster.safe_step >= 3)
+
+
+def finish(cluster: FakeCluster, published: int = 30) -> FakeCluster:
+    """Run to the end, which must be a good one."""
+    cluster.run(FakeCluster.over)
+    assert cluster.cluster.outcome == "finished"
+    assert cluster.cluster.published is not None
+    assert cluster.cluster.published.step == published
+    return cluster
+
+
+def plan_of(cluster: FakeCluster, generation: int) -> dict[str, Any]:
+    return next(plan for plan in cluster.said("plan") if plan["generation"] == generation)
+
+
+def tiers(cluster: FakeCluster, generation: int) -> list[str]:
+    return [move["tier"] for move in plan_of(cluster, generation)["moves"]]
+
+
+# --- start and steady state -------------------------------------------------------------------------
+
+
+def test_a_start_is_generation_1_with_fresh_ranks_and_one_world() -> None:
+    cluster = finish(FakeCluster())
+    assert plan_of(cluster, 1)["step"] == -1
+    assert tiers(cluster, 1) == ["fresh"] * 4
+    assert [move["node"] for move in plan_of(cluster, 1)["moves"]] == ["n0", "n1", "n2", "n3"]
+    assert cluster.cluster.generation == 1
+    assert [order.members for order in cluster.ordered(m.StartWorld)] == [("n0", "n1", "n2", "n3", "n4")]
+    assert cluster.said("evict") == cluster.said("abort") == []
+
+
+def test_a_start_waits_for_all_and_goes_on_without_a_node_that_never_came() -> None:
+    cluster = FakeCluster(absent=("n1",))
+    cluster.run_for(4.5)
+    assert cluster.cluster.phase is Phase.FORMING
+    assert any("n1" in line for line in describe(cluster.cluster, cluster.now)["waiting_for"])
+    finish(cluster)
+    assert [(e["target"], e["reason"]) for e in cluster.said("evict")] == [("n1", "never came within 5 s")]
+    assert sorted(move["node"] for move in plan_of(cluster, 1)["moves"]) == ["n0", "n2", "n3", "n4"]
+
+
+def test_too_few_nodes_at_the_start_stop_the_run() -> None:
+    cluster = FakeCluster(absent=("n1", "n4")).run(FakeCluster.over)
+    assert cluster.cluster.outcome == "stopped"
+
+
+def test_safe_steps_advance_and_checkpoints_are_persisted_at_the_interval_and_at_the_end() -> None:
+    cluster = finish(FakeCluster())
+    safe = [note["step"] for note in cluster.said("safe")]
+    assert safe == sorted(set(safe))
+    assert safe[0] == 0
+    assert safe[-1] == 30
+    assert len(safe) > 10
+    persisted = [note["step"] for note in cluster.said("persisted")]
+    assert len(persisted) == 3
+    assert persisted[0] in range(10, 14)
+    assert persisted[1] in range(20, 24)
+    assert persisted[2] == 30
+    assert [note["step"] for note in cluster.said("protected")] == [0]
+
+
+def test_a_safe_step_is_told_to_all_nodes_and_only_once_it_is_true() -> None:
+    cluster = FakeCluster()
+
+    def first_safe(c: FakeCluster) -> bool:
+        return bool(c.ordered(m.Safe))
+
+    cluster.run(first_safe)
+    assert [order.node for order in cluster.ordered(m.Safe)] == ["n0", "n1", "n2", "n3", "n4"]
+    for rank in range(4):
+        for area, owner in enumerate(cluster.areas[rank]):
+            held = cluster.nodes[cluster.cluster.ranks[rank]].arena[area, 0]
+            assert (held.rank, held.step, held.torn) == (owner, 0, False)
+
+
+def test_resume_from_a_published_checkpoint() -> None:
+    seven = Content(0, 20, 7, 0)
+    files = {r: (f"rank-{r:04d}.h5", NBYTES, Content(r, 20, seven.state, 0).checksum) for r in range(4)}
+    cluster = finish(FakeCluster(published=Checkpoint(20, files)))
+    assert plan_of(cluster, 1)["step"] == 20
+    assert tiers(cluster, 1) == ["persistent"] * 4
+    assert {order.name for order in cluster.ordered(m.Load)} == {files[r][0] for r in range(4)}
+    assert [note["step"] for note in cluster.said("persisted")] == [30]
+
+
+# --- one loss ---------------------------------------------------------------------------------------
+
+
+def test_a_lost_node_is_replaced_by_the_spare_which_fetches_from_the_holder() -> None:
+    cluster = started()
+    cluster.kill_node("n2")
+    finish(cluster)
+    assert tiers(cluster, 2) == ["local", "local", "peer", "local"]
+    move = plan_of(cluster, 2)["moves"][2]
+    assert (move["node"], move["source"]) == ("n4", "n3")
+    assert [(n["target"], n["rank"]) for n in cluster.said("promote") if n["generation"] == 2] == [("n4", 2)]
+    assert [(n["source"], n["tier"]) for n in cluster.said("fetched")] == [("n3", "peer")]
+    assert cluster.ordered(m.Retire) == [m.Retire("n2", 2)]
+    assert {order.node for order in cluster.ordered(m.Gone)} == {"n0", "n1", "n3", "n4"}
+    assert [note["generation"] for note in cluster.said("protected")] == [1, 2]
+    assert cluster.ordered(m.RestartWorker) == []
+
+
+def test_a_lost_worker_restarts_on_its_node_and_no_spare_is_used() -> None:
+    cluster = started()
+    cluster.kill_worker("n1")
+    finish(cluster)
+    assert cluster.ordered(m.RestartWorker) == [m.RestartWorker("n1")]
+    assert tiers(cluster, 2) == ["local"] * 4
+    assert [move["node"] for move in plan_of(cluster, 2)["moves"]] == ["n0", "n1", "n2", "n3"]
+    assert all(member.alive for member in cluster.cluster.members.values())
+    assert cluster.cluster.members["n1"].restarts == 0  # it works again: the next failure is a new one
+
+
+def test_a_lost_idle_spare_changes_nothing_for_the_ranks() -> None:
+    cluster = started()
+    cluster.kill_node("n4")
+    finish(cluster)
+    assert cluster.cluster.generation == 1
+    assert not cluster.cluster.members["n4"].alive
+
+
+def test_a_lost_worker_of_a_spare_is_restarted() -> None:
+    cluster = started()
+    cluster.kill_worker("n4")
+    cluster.run(lambda c: c.cluster.members["n4"].worker is Worker.BUILDING)
+    cluster.run(lambda c: c.cluster.members["n4"].worker is Worker.IDLE)
+    assert cluster.cluster.generation == 1
+    finish(cluster)
+
+
+def test_a_silent_node_is_evicted_after_the_timeout_and_a_second_look() -> None:
+    cluster = started(total_steps=200)
+    since = cluster.now
+    cluster.nodes["n3"].mute = True
+    cluster.run(lambda c: c.cluster.generation == 2)
+    assert 1.2 < cluster.now - since < 1.2 + 0.5 + 0.5
+    assert [note["evidence"] for note in cluster.said("suspect")] == ["heartbeat"]
+    finish(cluster, 200)
+
+
+def test_a_broken_connection_alone_is_forgiven_when_the_node_speaks_again() -> None:
+    cluster = started()
+    cluster.take(m.Disconnected("n3"))
+    cluster.run(lambda c: bool(c.said("cleared")))
+    finish(cluster)
+    assert cluster.cluster.generation == 1
+
+
+def test_a_broken_connection_and_the_trouble_of_a_peer_are_enough() -> None:
+    cluster = started()
+    cluster.nodes["n3"].mute = True
+    cluster.take(m.Disconnected("n3"))
+    assert cluster.cluster.generation == 1
+    cluster.take(m.Trouble("n0", 1, "connection reset"))
+    assert cluster.cluster.generation == 2
+    assert not cluster.cluster.members["n3"].alive
+
+
+def test_a_failed_collective_without_any_dead_ends_in_a_new_generation_of_the_same_nodes() -> None:
+    cluster = started()
+    cluster.leave_group(cluster.nodes["n0"])
+    cluster.tell(m.Trouble("n0", 1, "a collective timed out"))
+    finish(cluster)
+    assert cluster.cluster.generation == 2
+    assert tiers(cluster, 2) == ["local"] * 4
+    assert cluster.said("evict") == []
+
+
+def test_our_own_stall_evicts_nobody() -> None:
+    cluster = started(total_steps=200)
+    cluster.coordinator_stalls_until = cluster.now + 5.0
+    cluster.run_for(8.0)
+    assert cluster.cluster.generation == 1
+    assert cluster.said("evict") == []
+    finish(cluster, 200)
+
+
+# --- more than one loss -----------------------------------------------------------------------------
+
+
+def test_two_nodes_of_different_groups_are_recovered_from_memory() -> None:
+    cluster = started(nodes=6)
+    cluster.kill_node("n1")
+    cluster.kill_node("n2")
+    finish(cluster)
+    last = cluster.said("plan")[-1]
+    assert last["step"] >= 3
+    assert sorted(move["tier"] for move in last["moves"]) == ["local", "local", "peer", "peer"]
+
+
+def test_a_whole_group_lost_goes_back_to_the_newest_checkpoint_all_together() -> None:
+    cluster = FakeCluster(rules(nodes=6)).run(lambda c: c.cluster.published is not None and c.reached(14))
+    published = cluster.cluster.published
+    assert published is not None
+    cluster.kill_node("n2")
+    cluster.kill_node("n3")
+    finish(cluster)
+    last = cluster.said("plan")[-1]
+    assert last["step"] == published.step
+    assert [move["tier"] for move in last["moves"]] == ["persistent"] * 4
+
+
+def test_a_whole_group_lost_before_any_checkpoint_starts_afresh() -> None:
+    cluster = started(nodes=6)
+    cluster.kill_node("n0")
+    cluster.kill_node("n1")
+    finish(cluster)
+    assert cluster.said("plan")[-1]["step"] == -1
+
+
+def test_another_node_is_lost_while_the_first_is_being_replaced() -> None:
+    cluster = started(nodes=6)
+    cluster.kill_node("n2")
+    cluster.run(lambda c: c.cluster.phase is Phase.GATHERING and c.cluster.generation == 2)
+    cluster.kill_node("n0")
+    finish(cluster)
+    assert cluster.cluster.generation == 3
+    assert sorted(tiers(cluster, 3)) in (["local", "local", "peer", "peer"], ["local", "local", "local", "peer"])
+
+
+def test_another_node_is_lost_while_the_group_forms() -> None:
+    cluster = started(nodes=6)
+    cluster.kill_node("n2")
+    cluster.run(lambda c: c.cluster.phase is Phase.JOINING and c.cluster.generation == 2)
+    cluster.kill_node("n1")
+    finish(cluster)
+    assert cluster.cluster.generation == 3
+    assert "persistent" not in tiers(cluster, 3)
+
+
+def test_the_spare_is_lost_while_it_fetches() -> None:
+    cluster = started(nodes=6)
+    cluster.kill_node("n2")
+    cluster.run(lambda c: bool(c.said("fetch_started")))
+    cluster.kill_node(cluster.cluster.ranks[2])
+    finish(cluster)
+    assert {note["tier"] for note in cluster.said("fetched")} == {"peer"}
+    assert cluster.cluster.ranks[2] == "n5"
+
+
+def test_out_of_nodes_saves_the_newest_complete_step_and_stops() -> None:
+    cluster = started(nodes=4)
+    cluster.kill_node("n3")
+    cluster.run(FakeCluster.over)
+    assert cluster.cluster.outcome == "stopped"
+    published = cluster.cluster.published
+    assert published is not None
+    assert published.step >= 3
+    cluster.check_lineage(published.step, {rank: cluster.files[published.step, rank] for rank in range(4)})
+    assert m.Finish("", "stopped", cluster.said("run")[-1]["reason"]) in cluster.orders
+
+
+# --- data that cannot be had ------------------------------------------------------------------------
+
+
+def test_a_copy_with_a_wrong_checksum_is_dropped_and_an_older_step_is_taken() -> None:
+    """Rank 2's only other copy of the newest step is damaged: all go back to the step before."""
+    cluster = started()
+    cluster.intercept = lambda event: isinstance(event, m.Copied) and event.rank == 1 and event.area == 1
+    cluster.run(lambda c: bool(c.held))  # from here on nothing becomes safe, so two steps are in memory
+    held = cluster.held[0]
+    assert isinstance(held, m.Copied)
+    cluster.run_for(0.3)
+    newest = held.step
+    assert cluster.cluster.safe_step < newest
+    (area, half) = next(
+        (c.area, c.half) for n, c in cluster.cluster.copies[2, newest].items() if n == "n3"
+    )
+    cluster.nodes["n3"].arena[area, half] = Content(2, newest, 666, 1)
+    safe = cluster.cluster.safe_step
+    cluster.kill_node("n2")
+    cluster.run(lambda c: c.cluster.generation >= 3)
+    cluster.held, cluster.intercept = [], None
+    assert plan_of(cluster, 2)["step"] == newest
+    assert plan_of(cluster, 3)["step"] == safe
+    assert "checksum" in [note["reason"] for note in cluster.said("copy_failed")]
+
+
+def test_a_copy_with_a_wrong_checksum_is_taken_from_the_other_holder() -> None:
+    cluster = started(nodes=5, world_size=3, replicas=3)
+    copies = cluster.cluster.copies[0, cluster.cluster.safe_step]
+    bad = cluster.cluster.copies[0, max(s for r, s in cluster.cluster.copies if r == 0)].get("n1", copies["n1"])
+    for half in (0, 1):
+        held = cluster.nodes["n1"].arena[bad.area, half]
+        cluster.nodes["n1"].arena[bad.area, half] = Content(0, held.step, 666, 1)
+    cluster.kill_node("n0")
+    finish(cluster)
+    assert [note["source"] for note in cluster.said("fetched")] == ["n2"]
+    assert {plan["step"] for plan in cluster.said("plan")[1:]} == {plan_of(cluster, 2)["step"]}
+
+
+def test_a_lost_window_host_costs_a_new_world_and_nothing_else() -> None:
+    cluster = started()
+    cluster.crash_host("n2")
+    finish(cluster)
+    assert cluster.cluster.generation == 1
+    assert cluster.cluster.world.number == 2
+    assert [note["state"] for note in cluster.said("world")] == ["started", "ready", "lost", "started", "ready"]
+
+
+def test_a_persist_that_fails_is_tried_again_at_the_next_interval() -> None:
+    cluster = FakeCluster()
+    cluster.persist_fails = lambda order: order.step < 15 and order.rank == 2
+    finish(cluster)
+    assert cluster.said("persist_failed")
+    assert min(note["step"] for note in cluster.said("persisted")) >= 20
+
+
+def test_the_last_checkpoint_that_cannot_be_written_does_not_hold_up_the_end() -> None:
+    cluster = FakeCluster()
+    cluster.persist_fails = lambda order: order.step == 30
+    cluster.run(FakeCluster.over)
+    assert cluster.cluster.outcome == "finished"
+    assert "could not be published" in cluster.said("run")[-1]["reason"]
+
+
+def test_the_last_checkpoint_that_is_never_answered_does_not_hold_up_the_end() -> None:
+    cluster = FakeCluster()
+    cluster.intercept = lambda event: isinstance(event, m.Persisted) and event.step == 30
+    cluster.run(FakeCluster.over)
+    assert cluster.cluster.outcome == "finished"
+    assert "could not be published" in cluster.said("run")[-1]["reason"]
+
+
+# --- bounds -----------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_keeps_failing_costs_its_node() -> None:
+    cluster = started(total_steps=200)
+    for _ in range(4):
+        cluster.run(lambda c: c.nodes["n1"].worker in ("training", "building", "joining"))
+        cluster.kill_worker("n1")
+        lost = len(cluster.said("evict"))
+        cluster.run(lambda c, lost=lost: len(c.said("evict")) > lost)
+    assert not cluster.cluster.members["n1"].alive
+    assert len(cluster.ordered(m.RestartWorker)) == 3
+    finish(cluster, 200)
+
+
+def test_generations_without_a_single_step_end_the_run() -> None:
+    cluster = FakeCluster(rules(max_fruitless=3))
+    cluster.step_s = 1000.0
+    for generation in range(1, 5):
+        cluster.run(lambda c, g=generation: c.running() and c.cluster.generation == g)
+        cluster.tell(m.Trouble("n0", generation, "nothing works"))
+    cluster.run(FakeCluster.over)
+    assert cluster.cluster.outcome == "failed"
+    assert cluster.cluster.generation == 4
+
+
+def test_a_worker_that_does_not_leave_is_restarted() -> None:
+    cluster = started()
+    cluster.nodes["n0"].worker = "stuck"
+    cluster.kill_node("n2")
+    finish(cluster)
+    assert cluster.ordered(m.RestartWorker) == [m.RestartWorker("n0")]
+
+
+# --- the past ---------------------------------------------------------------------------------------
+
+
+def test_messages_of_an_old_generation_and_of_strangers_change_nothing() -> None:
+    cluster = started(total_steps=1000)
+    cluster.kill_node("n2")
+    cluster.run(lambda c: c.cluster.generation == 2 and c.running() and c.reached(10))
+    place = (0, 0, NBYTES, 1)
+    for event in (
+        m.Stepped("n0", 1, 0, 999, 0.0, 0.0, 0.0),
+        m.Resumed("n0", 1, 0, 5, "hot_swap", 0.0, 0.0, 0.0),
+        m.Sealed("n0", 1, 0, 999, *place[1:]),
+        m.Sealed("n0", 2, 3, 999, *place[1:]),
+        m.Copied("n0", 1, 1, 999, 1, 0, NBYTES, 1, True, "", 0.0),
+        m.Trouble("n0", 1, "old"),
+        m.Parked("n0", 1, "elsewhere"),
+        m.HostReady("n0", 0),
+        m.HostLost("n0", 0, "old"),
+        m.WorldFailed("", 0, "old"),
+        m.Persisted("n0", 0, 3, "x", 1, 1, True, "", 0.0),
+        m.Published("n0", 3, "x", True, ""),
+    ):
+        before = cluster.cluster
+        commands = cluster.take(event)
+        assert cluster.cluster.members["n0"].heard == cluster.now
+        changed = {
+            name
+            for name in vars(before)
+            if getattr(before, name) != getattr(cluster.cluster, name) and name != "members"
+        }
+        assert (changed, commands) == (set(), []), event
+    for event in (m.WorkerLost("n2", "late"), m.Heartbeat("stranger"), m.NodeExited("n2", "twice")):
+        before = cluster.cluster
+        assert cluster.take(event) == []
+        assert cluster.cluster == before
+
+
+def test_nothing_is_said_after_the_end() -> None:
+    cluster = finish(FakeCluster())
+    before = cluster.cluster
+    for event in (m.NodeExited("n0", "gone"), m.Tick(""), m.WorkerLost("n1", "gone")):
+        assert cluster.take(event) == []
+    assert cluster.cluster == before
+
+
+@pytest.mark.parametrize("at", ["start", "running", "gathering", "over"])
+def test_what_is_shown_is_json_and_names_what_is_awaited(at: str) -> None:
+    import json
+
+    cluster = FakeCluster()
+    if at == "running":
+        cluster = started()
+    if at == "gathering":
+        cluster = started()
+        cluster.kill_node("n2")
+        cluster.run(lambda c: c.cluster.phase is Phase.GATHERING)
+    if at == "over":
+        finish(cluster)
+    shown = describe(cluster.cluster, cluster.now)
+    json.dumps(shown, allow_nan=False)
+    assert bool(shown["waiting_for"]) == (at in ("start", "gathering"))
