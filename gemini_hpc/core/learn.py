@@ -30,6 +30,12 @@ from gemini_hpc.core.turn import Turn
 STALL_SHARE = 0.5
 """If we ourselves slept for more than this share of the heartbeat timeout, silence proves nothing."""
 
+BAD_READS = 3
+"""After so many reads that arrived damaged, the source is what is damaged."""
+
+REST_S = 0.2
+"""How long a node waits after a read that failed, before the next."""
+
 
 def learn(turn: Turn, event: Event) -> None:
     """Change what is known by one event."""
@@ -108,7 +114,8 @@ def _on_trouble(turn: Turn, event: Trouble) -> None:
 
 
 def _on_parked(turn: Turn, event: Parked) -> None:
-    if event.generation == turn.cluster.members[event.node].joined:
+    member = turn.cluster.members[event.node]
+    if member.worker is Worker.BUSY and event.generation == member.joined:
         turn.set_worker(event.node, Worker.IDLE, store=event.store)
 
 
@@ -152,55 +159,60 @@ def _on_sealed(turn: Turn, event: Sealed) -> None:
 
 
 def _on_copied(turn: Turn, event: Copied) -> None:
+    if event.source:
+        _on_pulled(turn, event)
+    elif event.rank in turn.cluster.loading and event.generation == turn.cluster.generation:
+        turn.set(loading=turn.cluster.loading - {event.rank})
+        _take_copy(turn, event)
+        failures = turn.cluster.misses.get((event.rank, event.step, ""), 0)
+        if failures > turn.cluster.rules.max_restarts:
+            turn.finish("failed", f"rank {event.rank} of step {event.step} cannot be loaded: {event.reason}")
+
+
+def _on_pulled(turn: Turn, event: Copied) -> None:
     cluster = turn.cluster
     pull = cluster.pulls.get(event.node)
-    expected = (event.rank, event.step, event.area, event.half)
-    if pull is not None and (pull.rank, pull.step, pull.area, pull.half) == expected:
-        turn.set(pulls={h: p for h, p in cluster.pulls.items() if h != event.node})
-    elif event.rank in cluster.loading:
-        turn.set(loading=cluster.loading - {event.rank})
-    else:
+    answered = (event.rank, event.step, event.area, event.half, event.source)
+    if pull is None or answered != (pull.rank, pull.step, pull.area, pull.half, pull.source):
+        return  # of a read that was given up
+    turn.set(pulls={holder: other for holder, other in cluster.pulls.items() if holder != event.node})
+    if pull.generation != cluster.generation and (cluster.plan is None or event.step > cluster.plan.step):
+        return  # of a history that was abandoned
+    _take_copy(turn, event)
+    key = (event.rank, event.step, event.source)
+    if event.reason == "checksum" and turn.cluster.misses.get(key, 0) >= BAD_READS:
+        turn.drop_copy(*key)
+        turn.open_generation(f"the snapshot of rank {event.rank}, step {event.step} on {event.source} is damaged")
+
+
+def _take_copy(turn: Turn, event: Copied) -> None:
+    """Believe a verified copy; count a failed one, and let its reader rest a moment."""
+    cluster = turn.cluster
+    if not event.ok:
+        key = (event.rank, event.step, event.source)
+        turn.note("copy_failed", target=event.node, rank=event.rank, step=event.step, reason=event.reason)
+        turn.set(
+            misses={**cluster.misses, key: cluster.misses.get(key, 0) + 1},
+            not_before={**cluster.not_before, event.node: turn.now + REST_S},
+        )
         return
     fetch = event.area == 0
-    wanted = cluster.plan is not None and cluster.plan.step == event.step and cluster.phase is Phase.GATHERING
-    if event.ok and (not fetch or wanted) and _in_lineage(turn, event.step):
-        copy = Copy(event.area, event.half, event.nbytes, event.checksum)
-        turn.add_copy(event.rank, event.step, event.node, copy)
-    if not event.ok:
-        turn.note("copy_failed", target=event.node, rank=event.rank, step=event.step, reason=event.reason)
-        if pull is not None and event.reason == "checksum":
-            turn.drop_copy(event.rank, event.step, pull.source)
-    if fetch and wanted:
-        _on_fetched(turn, event)
-
-
-def _in_lineage(turn: Turn, at_step: int) -> bool:
-    """Snapshots newer than the step of the plan belong to a history that was abandoned."""
-    plan = turn.cluster.plan
-    return plan is None or at_step <= plan.step or turn.cluster.phase is Phase.RUNNING
-
-
-def _on_fetched(turn: Turn, event: Copied) -> None:
-    plan = turn.cluster.plan
-    assert plan is not None
-    source = plan.sources[event.rank]
-    if not event.ok:
-        if source.tier == "persistent":
-            turn.finish("failed", f"rank {event.rank} of step {event.step} cannot be loaded: {event.reason}")
-        else:
-            turn.drop_copy(event.rank, event.step, source.node)
-            turn.open_generation(f"{source.node} could not give rank {event.rank}: {event.reason}")
+    gathering = cluster.phase is Phase.GATHERING and cluster.plan is not None and cluster.plan.step == event.step
+    if fetch and not (gathering and cluster.ranks.get(event.rank) == event.node):
         return
-    turn.set(fetched=turn.cluster.fetched | {event.rank})
-    turn.note(
-        "fetched",
-        rank=event.rank,
-        source=source.node,
-        tier=source.tier,
-        generation=turn.cluster.generation,
-        bytes=event.nbytes,
-        seconds=event.seconds,
-    )
+    copy = Copy(event.area, event.half, event.nbytes, event.checksum)
+    turn.add_copy(event.rank, event.step, event.node, copy)
+    if fetch:
+        turn.set(fetched=cluster.fetched | {event.rank})
+        turn.note(
+            "fetched",
+            rank=event.rank,
+            source=event.source,
+            tier="peer" if event.source else "persistent",
+            generation=cluster.generation,
+            bytes=event.nbytes,
+            seconds=event.seconds,
+        )
 
 
 def _on_host_ready(turn: Turn, event: HostReady) -> None:
@@ -215,7 +227,9 @@ def _on_host_ready(turn: Turn, event: HostReady) -> None:
 
 
 def _on_host_lost(turn: Turn, event: HostLost) -> None:
-    turn.world_lost(event.world, f"the window host of {event.node} is gone: {event.reason}")
+    if event.world == turn.cluster.world.number:
+        turn.note("host_lost", target=event.node, reason=event.reason)
+        turn.shun_host(event.node)
 
 
 def _on_persisted(turn: Turn, event: Persisted) -> None:
@@ -224,7 +238,13 @@ def _on_persisted(turn: Turn, event: Persisted) -> None:
         return
     if not event.ok:
         turn.note("persist_failed", step=event.step, rank=event.rank, reason=event.reason)
-        turn.end_persist()
+        if cluster.phase is Phase.SAVING:  # another holder may be able to
+            turn.drop_copy(event.rank, event.step, event.node)
+            turn.set(savers={rank: node for rank, node in cluster.savers.items() if rank != event.rank})
+        else:
+            turn.end_persist()
+        return
+    if event.rank in cluster.files:
         return
     files = {**cluster.files, event.rank: (event.name, event.nbytes, event.checksum)}
     turn.set(files=files)

@@ -7,7 +7,8 @@ Decoding checks kind, field names and types, so that a malformed message is refu
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, get_type_hints
+from math import isfinite
+from typing import Any, get_args, get_type_hints
 
 MAX_MESSAGE_BYTES = 1 << 20
 
@@ -24,8 +25,9 @@ _TYPES: dict[str, dict[str, type]] = {}
 class Message:
     """Base of all messages; subclasses are registered by their name."""
 
-    def __init_subclass__(cls) -> None:
-        _KINDS[cls.__name__] = cls
+    def __init_subclass__(cls, abstract: bool = False) -> None:
+        if not abstract:
+            _KINDS[cls.__name__] = cls
 
     def encode(self) -> bytes:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -37,7 +39,7 @@ def decode(raw: bytes) -> Message:
     if len(raw) > MAX_MESSAGE_BYTES:
         raise MessageError(f"{len(raw)} bytes, at most {MAX_MESSAGE_BYTES} are allowed")
     try:
-        values = json.loads(raw)
+        values = json.loads(raw, parse_constant=_refuse)
         cls = _KINDS[values.pop("kind")]
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise MessageError("not a message") from error
@@ -49,12 +51,19 @@ def decode(raw: bytes) -> Message:
     return cls(**values)
 
 
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no number to send")
+
+
 def _checked(message: str, name: str, kind: Any, value: Any) -> Any:
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**53:
         return float(value)
+    if kind is float and type(value) is float and not isfinite(value):
+        raise MessageError(f"{message}.{name}: {value} is no number to send")
     plain = getattr(kind, "__origin__", kind)
     if plain is tuple and isinstance(value, list):
-        return tuple(value)
+        item = get_args(kind)[0]
+        return tuple(_checked(message, name, item, one) for one in value)
     if plain is Mapping and isinstance(value, dict):
         return value
     if type(value) is not plain:
@@ -66,7 +75,7 @@ def _checked(message: str, name: str, kind: Any, value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Event(Message):
+class Event(Message, abstract=True):
     """Something that happened on `node` (for evidence: that happened to it)."""
 
     node: str
@@ -148,11 +157,15 @@ class Sealed(Event):
 
 @dataclass(frozen=True)
 class Copied(Event):
-    """The end of a Pull or a Load: `rank`'s snapshot now lies verified in (area, half), or it does not."""
+    """The end of a Pull or a Load: `rank`'s snapshot now lies verified in (area, half), or it does not.
+
+    `source` and `generation` are those of the order; a Load has no source.
+    """
 
     generation: int
     rank: int
     step: int
+    source: str
     area: int
     half: int
     nbytes: int
@@ -256,7 +269,7 @@ class NodeUp(Event):
 
 
 @dataclass(frozen=True)
-class Command(Message):
+class Command(Message, abstract=True):
     """An order to the agent of `node` (or to the cluster, where the class says so)."""
 
     node: str

@@ -1,6 +1,7 @@
 """What should be: looks only at the state, never at an event, and orders the next moves towards it."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from gemini_hpc.core import recovery, replication
@@ -31,13 +32,25 @@ def _keep_world(turn: Turn) -> None:
     hosts = tuple(m.node for m in turn.alive if m.snapshot_bytes)
     if world.state == "starting" and turn.now - world.since > rules.world_s:
         turn.world_lost(world.number, f"not ready after {rules.world_s:.0f} s")
-        world = turn.cluster.world
+    for holder in turn.cluster.pulls:
+        if turn.now - turn.cluster.pull_since[holder] > rules.fetch_s + rules.suspect_s:
+            turn.note("host_lost", target=holder, reason="it does not answer")
+            turn.shun_host(holder)
+    world = turn.cluster.world
     if world.state == "starting" or not hosts:
         return
     if world.number == 0 and any(not m.snapshot_bytes for m in turn.alive):
         return  # at the start, one world for all rather than one for each that comes
-    if world.state == "ready" and set(hosts) <= set(world.members):
-        return
+    if world.state == "ready":
+        without = [node for node in hosts if turn.cluster.members[node].host_world != world.number]
+        if not without:
+            turn.set(world=replace(world, without_since=-1.0))
+            return
+        if world.without_since < 0:
+            turn.set(world=replace(world, without_since=turn.now))
+            return
+        if turn.now - world.without_since < rules.suspect_s:
+            return  # the loss of a host is often the first sign of the loss of its node
     resting = turn.now - world.since < world.failures - 1  # a second more after each failure in a row
     if world.state == "lost" and (resting or world.failures > rules.max_restarts):
         return
@@ -80,6 +93,7 @@ def _form(turn: Turn) -> None:
         stepped={},
         done_since=-1.0,
         loading=frozenset(),
+        misses={},
         safe_step=FRESH,
         exposed=True,
         fruitless=cluster.fruitless + 1,
@@ -95,20 +109,35 @@ def _out_of_nodes(turn: Turn) -> None:
     if newest is None or newest <= published:
         turn.finish("stopped", "no node is left for every rank")
         return
-    turn.set(persisting=newest, files={})
-    for rank in range(cluster.rules.world_size):
-        node, copy = min(cluster.copies[rank, newest].items())
-        turn.order(Persist(node, rank, newest, copy.area, copy.half, copy.nbytes, copy.checksum))
+    turn.set(persisting=newest, files={}, savers={})
     turn.enter(Phase.SAVING)
 
 
 def _save(turn: Turn) -> None:
+    """Have every rank's snapshot written by some living node that holds it."""
     cluster = turn.cluster
+    saved = turn.published_step()
     if cluster.persisting == FRESH:
-        saved = cluster.published.step if cluster.published else "nothing"
-        turn.finish("stopped", f"no node is left for every rank; the newest checkpoint is step {saved}")
-    elif turn.in_phase_for() > cluster.rules.join_s:
-        turn.finish("stopped", f"no node is left for every rank, and step {cluster.persisting} could not be saved")
+        turn.finish("stopped", f"no node is left for every rank; the newest checkpoint is {_named(saved)}")
+        return
+    if turn.in_phase_for() > cluster.rules.finish_s:
+        turn.finish("stopped", f"no node is left for every rank; step {cluster.persisting} could not be saved in time")
+        return
+    for rank in range(cluster.rules.world_size):
+        asked = turn.cluster.savers.get(rank)
+        if rank in cluster.files or (asked is not None and cluster.members[asked].alive):
+            continue
+        places = cluster.copies.get((rank, cluster.persisting), {})
+        if not places:
+            turn.finish("stopped", f"no node is left for every rank; the newest checkpoint is {_named(saved)}")
+            return
+        node, copy = min(places.items())
+        turn.order(Persist(node, rank, cluster.persisting, copy.area, copy.half, copy.nbytes, copy.checksum))
+        turn.set(savers={**turn.cluster.savers, rank: node})
+
+
+def _named(step: int) -> str:
+    return f"step {step}" if step != FRESH else "none"
 
 
 def _gather(turn: Turn) -> None:
@@ -118,6 +147,11 @@ def _gather(turn: Turn) -> None:
     for rank, node in plan.ranks.items():
         if rank not in cluster.fetched:
             _fetch(turn, rank, node)
+    missing = [rank for rank in plan.ranks if rank not in cluster.fetched and plan.sources[rank].tier == "peer"]
+    if missing and turn.in_phase_for() > cluster.rules.gather_s:
+        turn.set(copies={key: places for key, places in cluster.copies.items() if key[0] not in missing})
+        turn.open_generation(f"nobody could give rank {missing[0]} within {cluster.rules.gather_s:.0f} s")
+        return
     for node in plan.ranks.values():
         member = turn.cluster.members[node]
         if member.worker is Worker.BUSY and turn.in_phase_for() > cluster.rules.leave_s:
@@ -139,20 +173,22 @@ def _gather(turn: Turn) -> None:
 def _fetch(turn: Turn, rank: int, node: str) -> None:
     cluster, plan = turn.cluster, turn.cluster.plan
     assert plan is not None
-    source = plan.sources[rank]
-    if source.tier == "persistent":
-        if rank in cluster.loading or not cluster.members[node].snapshot_bytes:
+    tier, source = plan.sources[rank].tier, ""
+    if tier == "persistent":
+        if rank in cluster.loading or turn.now < cluster.not_before.get(node, 0.0):
+            return
+        if not cluster.members[node].snapshot_bytes:
             return
         assert cluster.published is not None
         name, _, checksum = cluster.published.files[rank]
         turn.order(Load(node, cluster.generation, rank, plan.step, 0, 0, name, checksum))
         turn.set(loading=cluster.loading | {rank})
     else:
-        copy = cluster.copies[rank, plan.step][source.node]
-        missing = replication.Missing(rank, plan.step, node, 0, source.node, copy)
-        if not _pull(turn, missing):
+        places = cluster.copies[rank, plan.step]
+        source = min(places, key=lambda place: (cluster.misses.get((rank, plan.step, place), 0), place))
+        if not _pull(turn, replication.Missing(rank, plan.step, node, 0, source, places[source])):
             return
-    turn.note("fetch_started", rank=rank, source=source.node, tier=source.tier, generation=cluster.generation)
+    turn.note("fetch_started", rank=rank, source=source, tier=tier, generation=cluster.generation)
 
 
 def _pull(turn: Turn, want: replication.Missing) -> bool:
@@ -160,6 +196,8 @@ def _pull(turn: Turn, want: replication.Missing) -> bool:
     cluster, world = turn.cluster, turn.cluster.world
     hosts = (cluster.members[want.holder], cluster.members[want.source])
     if world.state != "ready" or any(m.host_world != world.number for m in hosts):
+        return False
+    if turn.now < cluster.not_before.get(want.holder, 0.0):
         return False
     if not replication.turn_is_free(cluster.pulls, want.holder, want.source):
         return False
@@ -179,7 +217,7 @@ def _pull(turn: Turn, want: replication.Missing) -> bool:
         deadline_s=cluster.rules.fetch_s,
     )
     turn.order(pull)
-    turn.set(pulls={**cluster.pulls, want.holder: pull})
+    turn.set(pulls={**cluster.pulls, want.holder: pull}, pull_since={**cluster.pull_since, want.holder: turn.now})
     return True
 
 
@@ -189,9 +227,9 @@ def _watch_join(turn: Turn) -> None:
     if len(cluster.resumed) == cluster.rules.world_size:
         turn.enter(Phase.RUNNING)
     elif turn.in_phase_for() > cluster.rules.join_s:
-        late = [node for rank, node in cluster.ranks.items() if rank not in cluster.resumed]
-        for node in late:
-            turn.lose_worker(node, f"did not resume within {cluster.rules.join_s:.0f} s")
+        # who hangs cannot leave either, and is found out by that
+        late = [str(rank) for rank in cluster.ranks if rank not in cluster.resumed]
+        turn.open_generation(f"rank {', '.join(late)} did not resume within {cluster.rules.join_s:.0f} s")
     elif 0 <= cluster.trouble_since < turn.now - cluster.rules.suspect_s:
         turn.open_generation("a collective failed while the group formed, and nobody is dead")
 
@@ -212,7 +250,7 @@ def _advance_safe(turn: Turn) -> None:
     if newest <= turn.cluster.safe_step:
         return
     copies = {key: places for key, places in turn.cluster.copies.items() if key[1] >= newest}
-    turn.set(safe_step=newest, copies=copies)
+    turn.set(safe_step=newest, copies=copies, misses={})
     for member in turn.alive:
         turn.order(Safe(member.node, turn.cluster.generation, newest))
     turn.note("safe", step=newest, generation=turn.cluster.generation)
@@ -234,8 +272,8 @@ def _start_persist(turn: Turn) -> None:
 def _end_run(turn: Turn) -> None:
     cluster = turn.cluster
     total = cluster.rules.total_steps
-    done = len(cluster.stepped) == cluster.rules.world_size and min(cluster.stepped.values()) >= total
-    if not done:
+    assert cluster.plan is not None
+    if any(cluster.stepped.get(rank, cluster.plan.step) < total for rank in cluster.ranks):
         return
     if cluster.done_since < 0:
         turn.set(done_since=turn.now)

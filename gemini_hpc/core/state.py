@@ -21,7 +21,8 @@ class Rules:
     suspect_s: float
     leave_s: float
     build_s: float
-    fetch_s: float
+    fetch_s: float  # one read
+    gather_s: float  # all reads of a recovery; then the next tier
     join_s: float
     world_s: float
     finish_s: float  # for the last checkpoint, after the last step
@@ -107,6 +108,7 @@ class World:
     state: str = "none"  # none | starting | ready | lost
     since: float = 0.0
     failures: int = 0  # in a row
+    without_since: float = -1.0  # since when it is ready but some living node has no host in it
 
 
 Copies = Mapping[tuple[int, int], Mapping[str, Copy]]
@@ -132,6 +134,9 @@ class Cluster:
     last_tick: float = -1.0
     copies: Copies = field(default_factory=dict)
     pulls: Mapping[str, Pull] = field(default_factory=dict)  # holder -> its one outstanding pull
+    pull_since: Mapping[str, float] = field(default_factory=dict)  # holder -> when it was ordered
+    not_before: Mapping[str, float] = field(default_factory=dict)  # node -> when it may read again after a failure
+    misses: Mapping[tuple[int, int, str], int] = field(default_factory=dict)  # (rank, step, source) -> failed reads
     loading: frozenset[int] = frozenset()  # ranks that were told to Load
     safe_step: int = FRESH
     exposed: bool = False  # recovered, and not yet safe again
@@ -139,6 +144,7 @@ class Cluster:
     world: World = World()
     persisting: int = FRESH  # step that is being written to the persistent tier
     files: Mapping[int, tuple[str, int, int]] = field(default_factory=dict)
+    savers: Mapping[int, str] = field(default_factory=dict)  # out of nodes: rank -> who was asked to save it
     next_persist: int = 0
     published: Checkpoint | None = None
     outcome: str = ""

@@ -64,13 +64,11 @@ class Turn:
         self.note("evict", target=node, generation=self.cluster.generation + 1, reason=reason)
         self.order(Retire(node, self.cluster.generation + 1))
         self._forget_copies_on(node)
-        if self.cluster.persisting != FRESH:  # its shard will never come: tried again with the next safe step
+        if (
+            self.cluster.persisting != FRESH and self.cluster.phase is not Phase.SAVING
+        ):  # its shard will never come: tried again with the next safe step
             self.set(persisting=FRESH, files={})
-        members = self.cluster.world.members
-        if node in members:
-            for other in self.alive:
-                if other.host_world == self.cluster.world.number:
-                    self.order(Gone(other.node, (members.index(node),)))
+        self.shun_host(node)
         if node in self.cluster.ranks.values():
             self.open_generation(f"{node} is lost")
 
@@ -101,6 +99,21 @@ class Turn:
             self.note("evict", target=node, rank=rank, generation=self.cluster.generation + 1, reason=reason)
             self.open_generation(f"the worker of {node} is lost")
 
+    def shun_host(self, node: str) -> None:
+        """A window host is gone: the others go on without it, but a world that was starting cannot."""
+        world = self.cluster.world
+        if node not in world.members:
+            return
+        if world.state == "starting":
+            self.world_lost(world.number, f"the window host of {node} is gone")
+            return
+        self.set_member(node, host_world=0)
+        pulls = {holder: pull for holder, pull in self.cluster.pulls.items() if node not in (holder, pull.source)}
+        self.set(pulls=pulls)
+        for other in self.alive:
+            if other.host_world == world.number:
+                self.order(Gone(other.node, (world.members.index(node),)))
+
     def world_lost(self, number: int, reason: str) -> None:
         world = self.cluster.world
         if number != world.number or world.state not in ("starting", "ready"):
@@ -127,8 +140,7 @@ class Turn:
         kept = {
             key: {n: copy for n, copy in places.items() if n != node} for key, places in self.cluster.copies.items()
         }
-        pulls = {h: pull for h, pull in self.cluster.pulls.items() if node not in (h, pull.source)}
-        self.set(copies={key: places for key, places in kept.items() if places}, pulls=pulls)
+        self.set(copies={key: places for key, places in kept.items() if places})
 
     def end_persist(self) -> None:
         following = next_persist(self.cluster.rules, self.cluster.persisting)

@@ -185,6 +185,9 @@ class Agent:
             if self._arena is not None:
                 self._arena.safe_step = order.step
         else:
+            if isinstance(order, Join) and self._arena is not None:
+                # back behind the safe step of before: what the arena says must not be taken for a proof
+                self._arena.safe_step = min(self._arena.safe_step, order.step)
             role = next(role for role, kinds in ORDERS_FOR.items() if isinstance(order, kinds))
             self._pass_on(role, order)
 
@@ -262,7 +265,7 @@ class Agent:
 
     def _is_load(self, message: Copied) -> bool:
         order = self._archiving[0][1] if self._archiving else None
-        return isinstance(order, Load) and (order.rank, order.step) == (message.rank, message.step)
+        return isinstance(order, Load) and not message.source
 
     def _log_step(self, message: Stepped) -> None:
         self._events.emit(
@@ -318,19 +321,8 @@ def _failure(order: Message, reason: str) -> Event:
     if isinstance(order, Persist):
         return Persisted(order.node, order.rank, order.step, "", 0, order.checksum, False, reason, 0.0)
     if isinstance(order, Load):
-        return Copied(
-            order.node,
-            order.generation,
-            order.rank,
-            order.step,
-            order.area,
-            order.half,
-            0,
-            0,
-            False,
-            reason,
-            0.0,
-        )
+        at = (order.generation, order.rank, order.step, "", order.area, order.half)
+        return Copied(order.node, *at, 0, order.checksum, False, reason, 0.0)
     assert isinstance(order, Publish)
     return Published(order.node, order.step, "", False, reason)
 

@@ -79,6 +79,7 @@ class Archiver:
             order.generation,
             order.rank,
             order.step,
+            "",
             order.area,
             order.half,
             nbytes,

@@ -121,6 +121,7 @@ def rules_of(run: RunConfig, nodes: tuple[str, ...]) -> Rules:
         leave_s=recovery.leave_s,
         build_s=recovery.build_s,
         fetch_s=recovery.fetch_s,
+        gather_s=2 * recovery.fetch_s + recovery.world_s,
         join_s=recovery.join_s,
         world_s=recovery.world_s,
         finish_s=recovery.join_s + recovery.archive_s,

@@ -185,7 +185,7 @@ class Host:
         except MPI.Exception as failure:
             reason = failure.Get_error_string().splitlines()[-1].strip()
         self.arena.write_record(area, half, Record() if reason else record)
-        at = (order.generation, order.rank, order.step, area, half, nbytes, order.checksum)
+        at = (order.generation, order.rank, order.step, order.source, area, half, nbytes, order.checksum)
         self.agent.send(Copied(self.node, *at, not reason, reason, time.monotonic() - ordered))
         if len(self.reads) > ABANDONED_READS_MAX:
             raise PullFailed(f"{len(self.reads)} reads abandoned")

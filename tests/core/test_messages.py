@@ -67,6 +67,13 @@ def good() -> dict[str, Any]:
     return {"kind": "Abort", "node": "node1", "generation": 3}
 
 
+TIMED = messages.Stepped("node1", 1, 0, 7, 0.5, 3.0, -1.0)
+
+
+def with_time(number: bytes) -> bytes:
+    return TIMED.encode().replace(b"3.0", number)
+
+
 def raw(**changes: Any) -> bytes:
     return json.dumps({**good(), **changes}).encode()
 
@@ -164,20 +171,20 @@ def test_what_is_too_long_is_refused_unread() -> None:
 
 
 def test_whole_numbers_are_accepted_where_a_float_is_due() -> None:
-    message = decode(b'{"kind":"Serve","node":"a","seconds":3}')
-    assert message == messages.Serve("a", 3.0)
-    assert type(message.seconds) is float
+    message = decode(with_time(b"3"))
+    assert message == TIMED
+    assert type(message.step_s) is float
 
 
 @pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity", "1e999"])
 def test_a_time_that_is_no_number_is_refused(word: str) -> None:
     with pytest.raises(MessageError):
-        decode(b'{"kind":"Serve","node":"a","seconds":%s}' % word.encode())
+        decode(with_time(word.encode()))
 
 
 def test_a_whole_number_beyond_all_floats_is_refused() -> None:
     with pytest.raises(MessageError):
-        decode(b'{"kind":"Serve","node":"a","seconds":1%s}' % (b"0" * 400))
+        decode(with_time(b"1" + b"0" * 400))
 
 
 @pytest.mark.parametrize("targets", [["x"], [None], [1.5], [True], [[1]], [{}]])

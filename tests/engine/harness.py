@@ -187,7 +187,7 @@ class Cluster:
         for number, rank in enumerate(built):
             answer = rank.answer()
             self.stores[rank.pid] = answer["store"]
-            rank.arena = Arena.create(place / f"arena-{number}", Geometry(1, answer["nbytes"] + (64 << 10)), "test")
+            rank.arena = Arena.create(place / f"arena-{rank.pid}", Geometry(1, answer["nbytes"] + (64 << 10)), "test")
             rank.call("open_arena", path=str(rank.arena.path))
         self.ranks, self.spares = built[:size], built[size:]
         self._all = built
@@ -224,7 +224,7 @@ class Cluster:
         survivors = [rank for number, rank in enumerate(self.ranks) if number not in dead]
         if abort:
             for rank in survivors:
-                rank.send("abort")
+                rank.send("abort", generation=self.generation)
         failures = [rank.failure() for rank in survivors]
         assert all(failure.peer for failure in failures), failures
         return failures

@@ -30,6 +30,7 @@ class Case:
     frozen: bool = False
     tied: bool = False
     buffer: str = ""  # the type of the buffer's numbers; empty: no buffer
+    hpz: int = 1  # ranks of a group that keeps a second copy of the parameters
     seed: int = 1
 
 
@@ -119,6 +120,7 @@ def config_of(case: Case) -> dict[str, Any]:
             "stage3_prefetch_bucket_size": 500,
             "stage3_param_persistence_threshold": case.persist,
             "sub_group_size": case.sub_group,
+            "zero_hpz_partition_size": case.hpz,
         },
         "bf16": {"enabled": case.precision == "bf16"},
         "fp16": {"enabled": case.precision == "fp16", "initial_scale_power": 20, "loss_scale_window": 3},

@@ -7,6 +7,7 @@ end of a socket; each rank has its own, on which calls and answers are JSON pack
 import dataclasses
 import faulthandler
 import gc
+import inspect
 import json
 import os
 import queue
@@ -56,7 +57,7 @@ class Rank:
                 os._exit(0)
             name, arguments = json.loads(raw)
             if name == "abort":
-                self._world.abort(**arguments)
+                self._abort(**arguments)
             else:
                 self._calls.put((name, arguments))
 
@@ -65,13 +66,15 @@ class Rank:
 
     # --- what a worker does -------------------------------------------------------------------------
 
-    def build(self, case: dict[str, Any], rank: int, size: int, timeout_s: float = 60.0) -> dict[str, Any]:
+    def build(
+        self, case: dict[str, Any], rank: int, size: int, entry: str = "tests.engine.job:build", timeout_s: float = 60.0
+    ) -> dict[str, Any]:
         """Become a spare, and offer a store."""
         from gemini_hpc.engine import builder
         from gemini_hpc.engine.elastic import ElasticWorld
         from tests.engine import job
 
-        self._run = job.run_of(job.case_of(case))
+        self._run = job.run_of(job.case_of(case), entry)
         builder.prepare(1)
         self._entry = builder.load_entry(self._run.train.entry)
         self._world = ElasticWorld(rank, size, "127.0.0.1", timeout_s)
@@ -114,7 +117,12 @@ class Rank:
         self._built = builder.build(self._entry, self._run, rank)
 
     def join(self, generation: int, rank: int, store: str) -> None:
-        self._world.join(generation, rank, store, self._store)
+        takes_own = "own" in inspect.signature(self._world.join).parameters
+        self._world.join(generation, rank, store, *([self._store] if takes_own else []))
+
+    def _abort(self, generation: int) -> None:
+        takes_generation = "generation" in inspect.signature(self._world.abort).parameters
+        self._world.abort(*([generation] if takes_generation else []))
 
     def start(self, rank: int) -> None:
         """Begin at step 0."""

@@ -1,6 +1,5 @@
 """A rank dies anywhere in a step, a spare takes its place, and the losses are those of the undisturbed run."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -74,7 +73,7 @@ def test_leaving_a_group_with_a_frozen_peer_does_not_block(cluster) -> None:
     """A survivor may leave before anybody ordered an abort."""
     run = cluster(HARD).start()
     run.train_until_struck(1, STEPS, 2, "backward", DEATH, "stop")
-    run.ranks[0].send("abort")
+    run.ranks[0].send("abort", generation=1)
     assert run.ranks[0].failure().peer
     run.ranks[0].call("leave")
     assert run.ranks[1].failure().peer  # its collective with rank 0 fails, now that rank 0 has left
@@ -99,6 +98,3 @@ def test_a_mistake_of_the_user_is_not_taken_for_a_lost_peer(cluster) -> None:
         rank.send("train", first=1, last=1, trap=trap if number == 0 else None)
     failure = run.ranks[0].failure()
     assert (failure.kind, failure.peer) == ("ValueError", False)
-
-
-Make = Callable[..., Cluster]

@@ -1,6 +1,7 @@
 """Bad moments: each test is the shortest story in which a wrong decision would lose steps, hang, or mix histories."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -55,7 +56,7 @@ def test_a_replica_that_proves_damaged_while_a_generation_is_gathered() -> None:
     cluster.run(lambda c: c.cluster.generation == 2 and c.cluster.phase is Phase.GATHERING)
     assert plan_of(cluster, 2)["step"] == newest
     cluster.intercept = None
-    cluster.take(m.Copied("n0", 1, 1, newest, 1, pulls.half, NBYTES, pulls.checksum, False, "checksum", 0.1))
+    cluster.take(m.Copied("n0", 1, 1, newest, "n1", 1, pulls.half, NBYTES, pulls.checksum, False, "checksum", 0.1))
     finish(cluster)
 
 
@@ -130,11 +131,11 @@ def test_a_replica_of_an_abandoned_history_is_not_believed() -> None:
     cluster.kill_node("n3")
     cluster.run(lambda c: c.running() and c.cluster.generation == 2)
     assert plan_of(cluster, 2)["step"] < pull.step
-    cluster.take(m.Copied("n0", 1, 1, pull.step, 1, pull.half, NBYTES, pull.checksum, True, "", 2.0))
+    cluster.take(m.Copied("n0", 1, 1, pull.step, "n1", 1, pull.half, NBYTES, pull.checksum, True, "", 2.0))
     assert "n0" not in cluster.cluster.copies.get((1, pull.step), {})
 
 
-def test_back_behind_the_safe_step_nothing_is_overwritten_too_early() -> None:
+def test_back_behind_the_safe_step_nothing_is_overwritten_too_early(tmp_path: Path) -> None:
     """After a return to an older checkpoint the arenas must not take their old safe step for a proof.
 
     The real agent on a real arena: the checkpoint of step 40 was loaded into half 0, and the step that was safe
@@ -142,18 +143,14 @@ def test_back_behind_the_safe_step_nothing_is_overwritten_too_early() -> None:
     """
     from gemini_hpc.runtime.agent import Agent
 
-    path = Path(f"/dev/shm/gemini-test-{id(object())}")
-    arena = Arena.create(path, Geometry(2, 4096), "test")
-    try:
-        agent = Agent.__new__(Agent)
-        agent._arena = arena
-        agent._channels = {}
-        agent._obey(m.Safe("n0", 1, 50))
-        arena.write_record(OWN, 0, Record(State.SEALED, 0, 40, 2, 4096))
-        agent._obey(m.Join("n0", 2, 0, 40, 0, "n1:1"))
-        assert arena.safe_step <= 40
-    finally:
-        path.unlink()
+    arena = Arena.create(tmp_path / "arena", Geometry(2, 4096), "test")
+    agent = Agent.__new__(Agent)
+    agent._arena = arena
+    agent._household = SimpleNamespace(send=lambda *order: True)
+    agent._obey(m.Safe("n0", 1, 50))
+    arena.write_record(OWN, 0, Record(State.SEALED, 0, 40, 2, 4096))
+    agent._obey(m.Join("n0", 2, 0, 40, 0, "n1:1"))
+    assert arena.safe_step <= 40
 
 
 # --- out of nodes -----------------------------------------------------------------------------------

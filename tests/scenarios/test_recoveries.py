@@ -280,9 +280,7 @@ def test_a_copy_with_a_wrong_checksum_is_dropped_and_an_older_step_is_taken() ->
     cluster.run_for(0.3)
     newest = held.step
     assert cluster.cluster.safe_step < newest
-    (area, half) = next(
-        (c.area, c.half) for n, c in cluster.cluster.copies[2, newest].items() if n == "n3"
-    )
+    (area, half) = next((c.area, c.half) for n, c in cluster.cluster.copies[2, newest].items() if n == "n3")
     cluster.nodes["n3"].arena[area, half] = Content(2, newest, 666, 1)
     safe = cluster.cluster.safe_step
     cluster.kill_node("n2")
@@ -312,7 +310,8 @@ def test_a_lost_window_host_costs_a_new_world_and_nothing_else() -> None:
     finish(cluster)
     assert cluster.cluster.generation == 1
     assert cluster.cluster.world.number == 2
-    assert [note["state"] for note in cluster.said("world")] == ["started", "ready", "lost", "started", "ready"]
+    assert [note["state"] for note in cluster.said("world")] == ["started", "ready", "started", "ready"]
+    assert [note["target"] for note in cluster.said("host_lost")] == ["n2"]
 
 
 def test_a_persist_that_fails_is_tried_again_at_the_next_interval() -> None:
@@ -386,7 +385,7 @@ def test_messages_of_an_old_generation_and_of_strangers_change_nothing() -> None
         m.Resumed("n0", 1, 0, 5, "hot_swap", 0.0, 0.0, 0.0),
         m.Sealed("n0", 1, 0, 999, *place[1:]),
         m.Sealed("n0", 2, 3, 999, *place[1:]),
-        m.Copied("n0", 1, 1, 999, 1, 0, NBYTES, 1, True, "", 0.0),
+        m.Copied("n0", 1, 1, 999, "n1", 1, 0, NBYTES, 1, True, "", 0.0),
         m.Trouble("n0", 1, "old"),
         m.Parked("n0", 1, "elsewhere"),
         m.HostReady("n0", 0),
