@@ -139,8 +139,9 @@ def _resume(run_dir: Path, options: argparse.Namespace) -> tuple[Path, RunConfig
 
 def _make_directory(run_dir: Path, config: RunConfig, script: str, corpus: str) -> None:
     try:
+        run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         for name in ("logs", "events", "checkpoints"):
-            (run_dir / name).mkdir(parents=True, exist_ok=True, mode=0o700)
+            (run_dir / name).mkdir(exist_ok=True)
         (run_dir / "submit.sh").write_text(script)
         environment = {**_environment(), "corpus": corpus}
         (run_dir / ENVIRONMENT_FILE).write_text(json.dumps(environment, indent=1) + "\n")

@@ -207,10 +207,14 @@ def check_attached() -> None:
 def main() -> None:
     paths, run = open_run(sys.argv[1])
 
+    told = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # by a person, by Slurm, before the time limit
+
     def interrupt(number: int, _frame: object) -> None:
+        for other in told:  # once is enough: a second one must not interrupt the clearing up
+            signal.signal(other, signal.SIG_IGN)
         raise Interrupted(f"told to end by {signal.Signals(number).name}")
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in told:
         signal.signal(number, interrupt)
     sys.exit(supervise(paths, run))
 

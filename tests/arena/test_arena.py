@@ -4,6 +4,7 @@ import os
 import struct
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,8 @@ def test_halves_lie_side_by_side(geometry: Geometry) -> None:
     records = [geometry.record_offset(area, half) for area in range(geometry.areas) for half in (0, 1)]
     assert all(place % 4096 == 0 for place in places)
     assert all(end <= following for end, following in zip(ends, [*places[1:], geometry.arena_bytes], strict=True))
-    assert all(later - earlier >= 64 for earlier, later in zip(records, records[1:], strict=False))
-    assert 4096 <= records[0] and records[-1] + 64 <= places[0]
+    assert all(later - earlier >= 64 for earlier, later in pairwise(records))
+    assert records[0] >= 4096 and records[-1] + 64 <= places[0]
 
 
 @pytest.mark.parametrize(("area", "half"), [(2, 0), (-1, 0), (0, 2), (0, -1)])
@@ -50,6 +51,7 @@ def test_two_processes_see_each_other_s_writes(tmp_path: Path) -> None:
     arena.safe_step = 2**40
     program = """
 import sys
+from itertools import pairwise
 from pathlib import Path
 from gemini_hpc.arena import *
 arena = Arena.open(Path(sys.argv[1]))

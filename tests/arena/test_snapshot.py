@@ -116,7 +116,7 @@ KEYS = ["format", "rank", "step", "world_size", "nbytes", "tensors", "state"]
 @settings(max_examples=50)
 def test_any_value_at_any_place_is_refused_or_harmless(key: str, value: Any) -> None:
     """What is accepted has the declared types, and places tensors inside the payload only."""
-    index, payload = example()
+    _, payload = example()
     (length,) = struct.unpack_from("<Q", payload)
     raw = json.loads(payload[8 : 8 + length])
     raw[key] = value
@@ -127,7 +127,7 @@ def test_any_value_at_any_place_is_refused_or_harmless(key: str, value: Any) -> 
 @given(value=values | st.integers(-(2**70), 2**70) | st.lists(st.integers(-5, 2000), max_size=3))
 @settings(max_examples=50)
 def test_any_value_in_a_tensor_is_refused_or_harmless(key: str, value: Any) -> None:
-    index, payload = example()
+    _, payload = example()
     (length,) = struct.unpack_from("<Q", payload)
     raw = json.loads(payload[8 : 8 + length])
     raw["tensors"][0][key] = value
@@ -150,12 +150,12 @@ def check_tensor(tensor: TensorSpec, nbytes: int) -> None:
     assert isinstance(tensor.name, str) and tensor.dtype in SIZES
     assert all(type(size) is int and size >= 0 for size in tensor.shape), tensor
     assert type(tensor.offset) is int and type(tensor.nbytes) is int, tensor
-    assert INDEX_BYTES <= tensor.offset and 0 <= tensor.nbytes and tensor.offset + tensor.nbytes <= nbytes
+    assert tensor.offset >= INDEX_BYTES and tensor.nbytes >= 0 and tensor.offset + tensor.nbytes <= nbytes
 
 
 @given(st.data())
 def test_flipped_bytes_are_refused_or_harmless(data: st.DataObject) -> None:
-    index, payload = example()
+    _, payload = example()
     (length,) = struct.unpack_from("<Q", payload)
     for _ in range(data.draw(st.integers(1, 4))):
         payload[data.draw(st.integers(0, 8 + length))] = data.draw(st.integers(0, 255))

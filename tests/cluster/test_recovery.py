@@ -13,7 +13,7 @@ from tests.cluster.runs import Run, drill, drills, reference_losses
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 STEPS = 24
-THREE = ("cluster.nodes=3", f"train.steps={STEPS}")
+THREE = ("cluster.nodes=3", f"train.steps={STEPS}", "protect.strict=true")  # strict: safe from the first step on
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "01_run_report.ipynb"
 
 Reference = Mapping[tuple[int, int], bytes]
@@ -63,14 +63,14 @@ def test_a_lost_node_is_replaced_by_the_spare(precision: str, tmp_path: Path, mo
     accumulated = ["train.grad_accum=2", f"train.precision={precision}"] if precision == "bf16" else []
     place = tmp_path / "a place"
     place.mkdir()
-    with Run(place, "train.steps=16", *accumulated) as run:
+    with Run(place, "train.steps=30", *accumulated) as run:
         run.wait_for_end(timeout_s=300)
         reference = reference_losses(run.run_dir)
-        assert len(reference) == 4 * 16
+        assert len(reference) == 4 * 30
         run.assert_identical_to(reference)
         assert "to the last bit" in run.status["verdict"]
         (fault,) = run.events("fault")
-        assert (fault["action"], fault["target"], fault["step"]) == ("kill_node", "node2", 8)
+        assert (fault["action"], fault["target"], fault["step"]) == ("kill_node", "node2", 15)
         (found,) = timeline.recoveries(run.events())
         assert (found.outcome, found.rung, found.tier, found.targets) == ("recovered", "hot_swap", "peer", ("node2",))
         reached = [found.ms(name) for name in timeline.MILESTONES[:-1]]

@@ -33,5 +33,5 @@ def test_an_exception_in_the_users_code(tmp_path: Path) -> None:
         assert run.status["state"] in ("stopped", "failed")
         starts = run.events("resumed", rank=1)
         assert 1 <= len(starts) <= 3
-        assert "a hole in the data at step 5" in run.text, run.text
-        assert str(run.paths.logs) in run.text
+        assert f"logs     {run.paths.logs}" in run.text
+        assert "ValueError: a hole in the data at step 5" in (run.paths.logs / "worker-node1.log").read_text()

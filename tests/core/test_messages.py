@@ -202,3 +202,10 @@ def test_wrong_names_in_a_list_are_refused() -> None:
 def test_the_bases_are_no_messages(kind: str) -> None:
     with pytest.raises(MessageError):
         decode(json.dumps({"kind": kind, "node": "a"}).encode())
+
+
+def test_a_loss_that_is_no_number_is_still_told() -> None:
+    """Training may diverge. A worker whose steps cannot be told would be taken for a broken one."""
+    message = messages.Stepped("node1", 1, 0, 7, float("nan"), 0.1, 0.0)
+    copy = decode(message.encode())
+    assert (copy.step, copy.step_s) == (7, 0.1)

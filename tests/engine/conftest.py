@@ -1,14 +1,12 @@
 """Real processes for the tests of this room; none of them outlives its test."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.engine.harness import Cluster, Nursery, Rank, reference
+from tests.engine.harness import Cluster, Clusters, Fork, Losses, Nursery, Rank, Undisturbed, reference
 from tests.engine.job import Case
-
-Losses = dict[tuple[int, int], float]
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +18,7 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
 
 
 @pytest.fixture
-def fork(nursery: Nursery) -> Iterator[Callable[[], Rank]]:
+def fork(nursery: Nursery) -> Iterator[Fork]:
     ranks: list[Rank] = []
 
     def new() -> Rank:
@@ -33,7 +31,7 @@ def fork(nursery: Nursery) -> Iterator[Callable[[], Rank]]:
 
 
 @pytest.fixture
-def cluster(fork: Callable[[], Rank], tmp_path: Path) -> Callable[..., Cluster]:
+def cluster(fork: Fork, tmp_path: Path) -> Clusters:
     """Start clusters: cluster(case, size, spares)."""
 
     def new(case: Case, size: int = 3, spares: int = 1) -> Cluster:
@@ -43,7 +41,7 @@ def cluster(fork: Callable[[], Rank], tmp_path: Path) -> Callable[..., Cluster]:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Losses]:
+def undisturbed(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     """The losses of the same training on plain gloo: undisturbed(case, size, steps); computed once each."""
     known: dict[tuple[Case, int, int], Losses] = {}
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from tests.engine.job import Case, fields_of
 
 WAIT_S = 60.0
 ROOT = Path(__file__).parents[2]
+
+
+Losses = dict[tuple[int, int], float]
+"""By rank and step."""
 
 
 class CallFailed(AssertionError):
@@ -141,10 +146,8 @@ class Rank:
         """Kill it, and see that it is gone. May be called twice."""
         if self._pidfd < 0:
             return
-        try:
+        with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         gone = select.select([self._pidfd], [], [], WAIT_S)[0]
         os.close(self._pidfd)
         self._pidfd = -1
@@ -173,10 +176,13 @@ class Rank:
         return self._log.read_text()[-4000:]
 
 
+Fork = Callable[[], Rank]
+
+
 class Cluster:
     """Ranks 0..size-1 of one training, and what agents and coordinator do for them."""
 
-    def __init__(self, fork: Callable[[], Rank], place: Path, case: Case, size: int, spares: int = 1) -> None:
+    def __init__(self, fork: Fork, place: Path, case: Case, size: int, spares: int = 1) -> None:
         self.size, self.case, self._place = size, case, place
         self.generation = 0
         built = [fork() for _ in range(size + spares)]
@@ -184,7 +190,7 @@ class Cluster:
         for number, rank in enumerate(built):
             role = number if number < size else 0  # a spare is built as rank 0 and adopts any
             rank.send("build", case=fields_of(case), rank=role, size=size)
-        for number, rank in enumerate(built):
+        for rank in built:
             answer = rank.answer()
             self.stores[rank.pid] = answer["store"]
             rank.arena = Arena.create(place / f"arena-{rank.pid}", Geometry(1, answer["nbytes"] + (64 << 10)), "test")
@@ -248,9 +254,9 @@ class Cluster:
     def restore(self, step: int) -> None:
         assert self.all("restore", half=step % 2) == [step] * self.size
 
-    def losses(self) -> dict[tuple[int, int], float]:
+    def losses(self) -> Losses:
         """All losses by (rank, step); a step that was trained twice must have had the same loss both times."""
-        found: dict[tuple[int, int], float] = {}
+        found: Losses = {}
         for process in self._all:
             for rank, step, loss in process.losses:
                 assert found.setdefault((rank, step), loss) == loss, f"rank {rank} step {step}"
@@ -273,7 +279,7 @@ class Cluster:
             rank.answer()
 
 
-def reference(fork: Callable[[], Rank], place: Path, case: Case, size: int, steps: int) -> dict[tuple[int, int], float]:
+def reference(fork: Fork, place: Path, case: Case, size: int, steps: int) -> Losses:
     """The losses of the undisturbed run on plain gloo."""
     ranks = [fork() for _ in range(size)]
     for number, rank in enumerate(ranks):
@@ -287,6 +293,13 @@ def reference(fork: Callable[[], Rank], place: Path, case: Case, size: int, step
     for rank in ranks:
         os.kill(rank.pid, signal.SIGKILL)
     return found
+
+
+Clusters = Callable[..., Cluster]
+"""cluster(case, size, spares), the fixture."""
+
+Undisturbed = Callable[..., Losses]
+"""undisturbed(case, size, steps), the fixture."""
 
 
 def until(condition: Callable[[], object], wait_s: float = WAIT_S) -> None:

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from tests.engine.harness import Cluster
+from tests.engine.harness import Cluster, Clusters, Undisturbed
 from tests.engine.job import Case
 
 PROMPT_S = 5.0  # generous, and far from the 60 s after which a wait ends by itself
@@ -27,7 +27,7 @@ def join_later(run: Cluster) -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_an_abort_wakes_a_rank_whose_peer_never_comes(number: int, cluster) -> None:
+def test_an_abort_wakes_a_rank_whose_peer_never_comes(number: int, cluster: Clusters) -> None:
     """Rank 0 waits at its own store, the others at rank 0's."""
     run = cluster(Case(), size=2, spares=0)
     rank = run.ranks[number]
@@ -40,7 +40,7 @@ def test_an_abort_wakes_a_rank_whose_peer_never_comes(number: int, cluster) -> N
     join_later(run)
 
 
-def test_a_store_whose_owner_is_gone_is_given_up_at_once(cluster) -> None:
+def test_a_store_whose_owner_is_gone_is_given_up_at_once(cluster: Clusters) -> None:
     """Rank 0's process died between its offer of a store and the join: nobody listens there."""
     run = cluster(Case(), size=2, spares=0)
     with socket.socket() as unused:  # bound but not listening: connections are refused
@@ -50,7 +50,7 @@ def test_a_store_whose_owner_is_gone_is_given_up_at_once(cluster) -> None:
     join_later(run)
 
 
-def test_an_abort_that_comes_before_the_join_is_not_forgotten(cluster) -> None:
+def test_an_abort_that_comes_before_the_join_is_not_forgotten(cluster: Clusters) -> None:
     """The control thread reads the abort while the main thread still resets or rebuilds its engine."""
     run = cluster(Case(), size=2, spares=0)
     run.ranks[1].send("abort", generation=run.generation + 1)
@@ -59,7 +59,7 @@ def test_an_abort_that_comes_before_the_join_is_not_forgotten(cluster) -> None:
     run.ranks[1].failure(wait_s=PROMPT_S)
 
 
-def test_an_abort_that_comes_late_does_not_harm_the_next_group(cluster, undisturbed) -> None:
+def test_an_abort_that_comes_late_does_not_harm_the_next_group(cluster: Clusters, undisturbed: Undisturbed) -> None:
     """A rank saw the failure by itself, and is in the next generation already."""
     run = cluster(Case(), size=2, spares=0).start()
     run.train(1, 2)
@@ -73,7 +73,7 @@ def test_an_abort_that_comes_late_does_not_harm_the_next_group(cluster, undistur
     assert run.losses() == undisturbed(Case(), 2, 7)
 
 
-def test_errors_of_a_killed_peer_are_peer_failures(cluster) -> None:
+def test_errors_of_a_killed_peer_are_peer_failures(cluster: Clusters) -> None:
     """Without any abort: what gloo says when the other process is gone, in a collective and in the join."""
     run = cluster(Case(), size=2, spares=0).start()
     run.train_until_struck(1, 3, 1, "forward", 2)
@@ -81,7 +81,7 @@ def test_errors_of_a_killed_peer_are_peer_failures(cluster) -> None:
     assert failure.kind == "RuntimeError"
 
 
-def test_a_peer_that_dies_while_the_group_forms_is_a_peer_failure(cluster) -> None:
+def test_a_peer_that_dies_while_the_group_forms_is_a_peer_failure(cluster: Clusters) -> None:
     """Rank 0 takes its store with it."""
     run = cluster(Case(), size=3, spares=0)
     for number in (0, 1):
@@ -100,7 +100,7 @@ def test_errors_of_the_training_are_not(text: str) -> None:
     assert not is_peer_failure(ValueError("gloo"))
 
 
-def test_swaps_in_a_row_leak_nothing(cluster) -> None:
+def test_swaps_in_a_row_leak_nothing(cluster: Clusters) -> None:
     """Thirty generations of one pair of processes: descriptors, threads and memory stay flat."""
     run = cluster(Case(), size=2, spares=0).start()
     run.train(1, 1)

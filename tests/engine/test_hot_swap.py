@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.engine.harness import Cluster
+from tests.engine.harness import Cluster, Clusters, Undisturbed
 from tests.engine.job import Case
 
 STEPS = 8
@@ -36,25 +36,27 @@ def train_through_a_death(run: Cluster, victim: int, phase: str, action: str = "
         (PLAIN, 1, "after"),
     ],
 )
-def test_a_spare_takes_the_place_of_the_dead(case: Case, victim: int, phase: str, cluster, undisturbed) -> None:
+def test_a_spare_takes_the_place_of_the_dead(
+    case: Case, victim: int, phase: str, cluster: Clusters, undisturbed: Undisturbed
+) -> None:
     run = train_through_a_death(cluster(case), victim, phase)
     assert run.losses() == undisturbed(case, 3, STEPS)
 
 
-def test_parameters_that_do_not_train_are_the_adopted_rank_s(cluster, undisturbed) -> None:
+def test_parameters_that_do_not_train_are_the_adopted_rank_s(cluster: Clusters, undisturbed: Undisturbed) -> None:
     """A spare built as rank 0 holds rank 0's piece of them, and no optimizer state to restore it from."""
     case = replace(PLAIN, frozen=True)
     run = train_through_a_death(cluster(case), 1, "backward")
     assert run.losses() == undisturbed(case, 3, STEPS)
 
 
-def test_a_buffer_in_low_precision_is_part_of_the_snapshot(cluster, undisturbed) -> None:
+def test_a_buffer_in_low_precision_is_part_of_the_snapshot(cluster: Clusters, undisturbed: Undisturbed) -> None:
     case = Case(precision="bf16", buffer="bfloat16")
     run = train_through_a_death(cluster(case, size=2), 1, "backward")
     assert run.losses() == undisturbed(case, 2, STEPS)
 
 
-def test_only_the_abort_wakes_survivors_of_a_frozen_peer(cluster, undisturbed) -> None:
+def test_only_the_abort_wakes_survivors_of_a_frozen_peer(cluster: Clusters, undisturbed: Undisturbed) -> None:
     """SIGSTOP stands for a node without power: no connection is reset."""
     run = cluster(HARD).start()
     frozen = run.train_until_struck(1, STEPS, 2, "backward", DEATH, "stop")
@@ -69,7 +71,7 @@ def test_only_the_abort_wakes_survivors_of_a_frozen_peer(cluster, undisturbed) -
     assert frozen.state() == "T"
 
 
-def test_leaving_a_group_with_a_frozen_peer_does_not_block(cluster) -> None:
+def test_leaving_a_group_with_a_frozen_peer_does_not_block(cluster: Clusters) -> None:
     """A survivor may leave before anybody ordered an abort."""
     run = cluster(HARD).start()
     run.train_until_struck(1, STEPS, 2, "backward", DEATH, "stop")
@@ -80,7 +82,7 @@ def test_leaving_a_group_with_a_frozen_peer_does_not_block(cluster) -> None:
     run.ranks[1].call("leave")
 
 
-def test_two_deaths_one_after_the_other(cluster, undisturbed) -> None:
+def test_two_deaths_one_after_the_other(cluster: Clusters, undisturbed: Undisturbed) -> None:
     run = cluster(HARD, spares=2).start()
     first = 1
     for victim, phase, step in ((1, "optimizer", 3), (2, "forward", 6)):
@@ -91,7 +93,7 @@ def test_two_deaths_one_after_the_other(cluster, undisturbed) -> None:
     assert run.losses() == undisturbed(HARD, 3, STEPS)
 
 
-def test_a_mistake_of_the_user_is_not_taken_for_a_lost_peer(cluster) -> None:
+def test_a_mistake_of_the_user_is_not_taken_for_a_lost_peer(cluster: Clusters) -> None:
     run = cluster(PLAIN, size=2, spares=0).start()
     trap = {"phase": "forward", "step": 1, "action": "boom"}
     for number, rank in enumerate(run.ranks):

@@ -1,12 +1,13 @@
 """Rung 2: the engine is taken apart and built again in the same process."""
 
+from tests.engine.harness import Clusters, Undisturbed
 from tests.engine.job import Case
 
 CASE = Case(precision="bf16", grad_accum=2, grad_clip=0.5, groups=2, sub_group=150, dropout=0.2, persist=25)
 STEPS = 7
 
 
-def test_a_rebuilt_engine_goes_on_bit_exactly_beside_a_swapped_one(cluster, undisturbed) -> None:
+def test_a_rebuilt_engine_goes_on_bit_exactly_beside_a_swapped_one(cluster: Clusters, undisturbed: Undisturbed) -> None:
     """One survivor is rebuilt, the other one hot-swapped: their groups must still match."""
     run = cluster(CASE).start()
     run.train_until_struck(1, STEPS, 2, "backward", 5)
@@ -16,7 +17,7 @@ def test_a_rebuilt_engine_goes_on_bit_exactly_beside_a_swapped_one(cluster, undi
     assert run.losses() == undisturbed(CASE, 3, STEPS)
 
 
-def test_three_rebuilds_leak_nothing(cluster, undisturbed) -> None:
+def test_three_rebuilds_leak_nothing(cluster: Clusters, undisturbed: Undisturbed) -> None:
     run = cluster(CASE, size=2, spares=0).start()
     run.train(1, 1)
     seen = []
@@ -34,7 +35,7 @@ def test_three_rebuilds_leak_nothing(cluster, undisturbed) -> None:
     assert run.losses() == {key: loss for key, loss in losses.items() if key[1] <= 5}
 
 
-def test_a_rebuilt_engine_may_become_another_rank(cluster, undisturbed) -> None:
+def test_a_rebuilt_engine_may_become_another_rank(cluster: Clusters, undisturbed: Undisturbed) -> None:
     run = cluster(CASE, size=2, spares=0).start()
     run.train(1, 3)
     payloads = [bytes(rank.arena.payload(0, 1)) for rank in run.ranks]

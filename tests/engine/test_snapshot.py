@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.engine.harness import Clusters, Undisturbed
 from tests.engine.job import Case
 
 CASES = {
@@ -15,7 +16,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_capture_and_restore_in_place_is_bit_exact(case: Case, cluster, undisturbed) -> None:
+def test_capture_and_restore_in_place_is_bit_exact(case: Case, cluster: Clusters, undisturbed: Undisturbed) -> None:
     run = cluster(case, size=2, spares=0).start()
     run.train(1, 4)
     run.all("train", first=5, last=7, capture=False)

@@ -3,7 +3,7 @@
 import pytest
 
 from gemini_hpc.engine import versions
-from tests.engine.harness import CallFailed
+from tests.engine.harness import CallFailed, Clusters, Fork, Undisturbed
 from tests.engine.job import Case, fields_of
 
 
@@ -29,7 +29,7 @@ def test_these_versions_are_the_tested_ones(monkeypatch: pytest.MonkeyPatch) -> 
         ("", "module:function"),
     ],
 )
-def test_an_entry_point_that_is_wrong(entry: str, words: str, fork) -> None:
+def test_an_entry_point_that_is_wrong(entry: str, words: str, fork: Fork) -> None:
     rank = fork()
     with pytest.raises(CallFailed) as caught:
         rank.call("build", case=fields_of(Case()), rank=0, size=2, entry=entry)
@@ -38,7 +38,7 @@ def test_an_entry_point_that_is_wrong(entry: str, words: str, fork) -> None:
     assert not caught.value.peer
 
 
-def test_a_config_that_needs_other_groups(fork) -> None:
+def test_a_config_that_needs_other_groups(fork: Fork) -> None:
     """Hierarchical partitioning splits the ranks into groups that cannot be exchanged."""
     rank = fork()
     with pytest.raises(CallFailed) as caught:
@@ -46,7 +46,9 @@ def test_a_config_that_needs_other_groups(fork) -> None:
     assert caught.value.kind in ("UserError", "GeminiError"), caught.value
 
 
-def test_a_snapshot_of_another_shape_is_refused_and_changes_nothing(cluster, undisturbed) -> None:
+def test_a_snapshot_of_another_shape_is_refused_and_changes_nothing(
+    cluster: Clusters, undisturbed: Undisturbed
+) -> None:
     run = cluster(Case(), size=2, spares=0).start()
     run.train(1, 3)
     other = cluster(Case(groups=2), size=1, spares=0).start()

@@ -20,7 +20,7 @@ from gemini_hpc.core.recovery import newest_common_step
 from gemini_hpc.core.state import Checkpoint, Cluster, Phase, Rules, new_cluster
 from gemini_hpc.core.types import FRESH
 
-HEARTBEAT_S = 0.2
+HEARTBEAT_S = 0.4
 NBYTES = 1000
 
 
@@ -77,6 +77,7 @@ class FakeNode:
     arena: dict[tuple[int, int], Content] = field(default_factory=dict)
     world: int = 0
     host_life: int = 0
+    hung: bool = False  # its window host neither answers nor lets others read
     pulling: bool = False
     pulls: list[m.Pull] = field(default_factory=list)
     gone: set[str] = field(default_factory=set)
@@ -135,7 +136,7 @@ class FakeCluster:
                 node.up = False
                 continue
             self.start_worker(node)
-            self.after(self.some(HEARTBEAT_S), self.beat, node)
+            self.after(0.0, self.beat, node)
         self.after(0.1, self.tick)
 
     # --- time -----------------------------------------------------------------------------------------
@@ -437,7 +438,7 @@ class FakeCluster:
         for key, content in list(node.arena.items()):
             if node.pulling and node.pulls and key == (node.pulls[0].area, node.pulls[0].half) and content.torn:
                 del node.arena[key]
-        node.world, node.pulls, node.pulling, node.gone = 0, [], False, set()
+        node.world, node.pulls, node.pulling, node.gone, node.hung = 0, [], False, set(), False
         node.host_life += 1
 
     def crash_host(self, name: str) -> None:
@@ -447,6 +448,9 @@ class FakeCluster:
             return
         self.end_host(node)
         self.after(self.some(0.01), self.tell, m.HostLost(name, world, "it crashed"))
+
+    def hang_host(self, name: str) -> None:
+        self.nodes[name].hung = bool(self.nodes[name].world)
 
     def do_gone(self, node: FakeNode, order: m.Gone) -> None:
         node.gone |= {self.world[1][target] for target in order.targets if target < len(self.world[1])}
@@ -463,16 +467,19 @@ class FakeCluster:
         source = self.nodes[order.source]
         seen = source.arena.get((order.source_area, order.source_half))
         node.arena[order.area, order.half] = Content(order.rank, order.step, -1, order.generation, torn=True)
-        self.after(self.some(self.pull_s), self.end_pull, node, node.host_life, order, seen)
+        takes = order.deadline_s if source.hung else self.some(self.pull_s)
+        self.after(takes, self.end_pull, node, node.host_life, order, seen)
 
     def end_pull(self, node: FakeNode, host_life: int, order: m.Pull, seen: Content | None) -> None:
-        if not node.up or node.host_life != host_life:
+        if not node.up or node.hung or node.host_life != host_life:
             return
         source = self.nodes[order.source]
         now_there = source.arena.get((order.source_area, order.source_half))
         damaged = self.random is not None and self.random.random() < self.bad_pulls
         if order.source in node.gone:
             reason = "gone"
+        elif source.hung:
+            reason = "deadline"
         elif not source.up or source.world != node.world:
             reason = "MPI_ERR_OTHER"
         elif damaged or seen is None or seen != now_there or seen.checksum != order.checksum:

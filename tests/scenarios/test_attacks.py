@@ -168,6 +168,18 @@ def test_another_loss_while_the_last_state_is_saved_does_not_lose_it() -> None:
     assert cluster.cluster.published.step >= 3
 
 
+def test_the_node_that_was_to_publish_the_last_state_may_die_too() -> None:
+    """All shards are on the persistent tier; only the manifest is missing, and anybody can write that."""
+    cluster = started(nodes=4)
+    cluster.intercept = lambda event: isinstance(event, m.Published)
+    cluster.kill_node("n3")
+    cluster.run(lambda c: c.cluster.phase is Phase.SAVING and bool(c.held))
+    cluster.held, cluster.intercept = [], None
+    cluster.kill_node(cluster.ordered(m.Publish)[-1].node)
+    cluster.run(FakeCluster.over)
+    assert cluster.cluster.published is not None, cluster.said("run")[-1]["reason"]
+
+
 def test_a_shard_that_one_holder_cannot_save_is_saved_by_the_other() -> None:
     cluster = started(nodes=4)
     cluster.persist_fails = lambda order: order.node == "n0"
@@ -200,6 +212,15 @@ def test_a_window_host_that_never_answers_does_not_hold_up_the_recovery() -> Non
     cluster.obeyed = hang_once
     cluster.kill_node("n2")
     cluster.run(lambda c: c.running() and c.cluster.generation > 1, 60.0)
+
+
+def test_a_window_host_that_hangs_does_not_cost_the_copies_behind_it() -> None:
+    """The only holder's host lets nobody read: a fresh world over the same arenas can (I3, I5)."""
+    cluster = started(total_steps=200, persist_every=200)
+    cluster.hang_host("n3")
+    cluster.kill_node("n2")
+    cluster.run(lambda c: c.running() and c.cluster.generation > 1, 60.0)
+    assert cluster.said("plan")[-1]["step"] >= 3
 
 
 def test_a_world_that_never_forms_again_does_not_hold_up_the_recovery() -> None:
@@ -298,3 +319,15 @@ def test_a_member_that_dies_while_the_world_starts_does_not_delay_it_by_its_time
     since = cluster.now
     cluster.run(lambda c: c.cluster.world.state == "ready" and "n4" not in c.cluster.world.members)
     assert cluster.now - since < cluster.rules.world_s
+
+
+def test_the_answer_to_a_read_of_another_generation_is_not_believed() -> None:
+    """It tells of the bytes that lay there then."""
+    cluster = started(total_steps=100)
+    cluster.pull_s = 0.2
+    cluster.run(lambda c: bool(c.cluster.pulls))
+    holder, pull = next(iter(cluster.cluster.pulls.items()))
+    answer = cluster.copied(pull, True, "")
+    cluster.take(m.Copied(**{**vars(answer), "generation": 0}))
+    assert holder not in cluster.cluster.copies[pull.rank, pull.step]
+    assert cluster.cluster.pulls[holder] == pull

@@ -38,7 +38,7 @@ def troubled(seed: int, failures: int, losses: int) -> FakeCluster:
 
     def strike() -> None:
         node = chance.choice(list(cluster.nodes))
-        action = chance.choice(["worker", "node", "silent", "host", "mute", "stall", "trouble"])
+        action = chance.choice(["worker", "node", "silent", "host", "hang", "mute", "stall", "trouble"])
         deadly = action in ("node", "silent", "mute")
         if deadly and left[0] > 0 and cluster.nodes[node].up and not cluster.nodes[node].mute:
             left[0] -= 1
@@ -50,6 +50,8 @@ def troubled(seed: int, failures: int, losses: int) -> FakeCluster:
             cluster.kill_worker(node)
         elif action == "host":
             cluster.crash_host(node)
+        elif action == "hang":
+            cluster.hang_host(node)
         elif action == "stall":
             cluster.coordinator_stalls_until = cluster.now + 2 * chance.random()
         elif action == "trouble" and cluster.nodes[node].worker == "training":
@@ -64,7 +66,7 @@ def troubled(seed: int, failures: int, losses: int) -> FakeCluster:
 
 @pytest.mark.parametrize("block", range(10))
 def test_with_enough_nodes_the_run_finishes(block: int) -> None:
-    for seed in range(25 * block, 25 * (block + 1)):
+    for seed in range(15 * block, 15 * (block + 1)):
         cluster = troubled(seed, failures=12, losses=2)
         try:
             cluster.run(FakeCluster.over, END_S)
@@ -77,7 +79,7 @@ def test_with_enough_nodes_the_run_finishes(block: int) -> None:
 
 @pytest.mark.parametrize("block", range(4))
 def test_out_of_nodes_the_run_stops_by_itself(block: int) -> None:
-    for seed in range(10_000 + 25 * block, 10_000 + 25 * (block + 1)):
+    for seed in range(10_000 + 15 * block, 10_000 + 15 * (block + 1)):
         cluster = troubled(seed, failures=40, losses=8)
         try:
             cluster.run(FakeCluster.over, END_S)
