@@ -6,7 +6,7 @@ odd moment or a new coordinator need no special case.
 """
 
 from gemini_hpc.core.learn import learn
-from gemini_hpc.core.messages import Command, Event
+from gemini_hpc.core.messages import Command, Event, Heartbeat
 from gemini_hpc.core.reconcile import reconcile
 from gemini_hpc.core.state import Cluster, Phase
 from gemini_hpc.core.turn import Turn
@@ -17,5 +17,6 @@ def step(cluster: Cluster, now: float, event: Event) -> tuple[Cluster, list[Comm
     turn = Turn(cluster, now)
     if cluster.phase is not Phase.FINISHED:
         learn(turn, event)
-        reconcile(turn)
+        if not isinstance(event, Heartbeat):  # there are many; the next tick looks at what they mean
+            reconcile(turn)
     return turn.cluster, turn.commands

@@ -13,7 +13,6 @@ from gemini_hpc.core.messages import (
     NodeExited,
     Parked,
     Persisted,
-    Publish,
     Published,
     Resumed,
     Sealed,
@@ -172,13 +171,23 @@ def _on_copied(turn: Turn, event: Copied) -> None:
 def _on_pulled(turn: Turn, event: Copied) -> None:
     cluster = turn.cluster
     pull = cluster.pulls.get(event.node)
-    answered = (event.rank, event.step, event.area, event.half, event.source)
-    if pull is None or answered != (pull.rank, pull.step, pull.area, pull.half, pull.source):
+    answered = (event.generation, event.rank, event.step, event.area, event.half, event.source)
+    if pull is None or answered != (
+        pull.generation,
+        pull.rank,
+        pull.step,
+        pull.area,
+        pull.half,
+        pull.source,
+    ):
         return  # of a read that was given up
     turn.set(pulls={holder: other for holder, other in cluster.pulls.items() if holder != event.node})
     if pull.generation != cluster.generation and (cluster.plan is None or event.step > cluster.plan.step):
         return  # of a history that was abandoned
     _take_copy(turn, event)
+    if event.reason == "deadline":
+        turn.note("host_lost", target=event.source, reason="nobody can read from it")
+        turn.shun_host(event.source)
     key = (event.rank, event.step, event.source)
     if event.reason == "checksum" and turn.cluster.misses.get(key, 0) >= BAD_READS:
         turn.drop_copy(*key)
@@ -249,8 +258,7 @@ def _on_persisted(turn: Turn, event: Persisted) -> None:
     files = {**cluster.files, event.rank: (event.name, event.nbytes, event.checksum)}
     turn.set(files=files)
     if len(files) == cluster.rules.world_size:
-        wire = {str(rank): list(entry) for rank, entry in sorted(files.items())}
-        turn.order(Publish(event.node, cluster.generation, event.step, wire))
+        turn.publish(event.node)
 
 
 def _on_published(turn: Turn, event: Published) -> None:

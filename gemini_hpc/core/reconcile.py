@@ -10,6 +10,9 @@ from gemini_hpc.core.state import Phase, Source, Worker, World
 from gemini_hpc.core.turn import Turn
 from gemini_hpc.core.types import FRESH
 
+WORLD_REST_S = 30.0
+"""The longest pause between two attempts to start an MPI world that does not start."""
+
 
 def reconcile(turn: Turn) -> None:
     """Bring the cluster one move nearer to where it should be."""
@@ -51,8 +54,8 @@ def _keep_world(turn: Turn) -> None:
             return
         if turn.now - world.without_since < rules.suspect_s:
             return  # the loss of a host is often the first sign of the loss of its node
-    resting = turn.now - world.since < world.failures - 1  # a second more after each failure in a row
-    if world.state == "lost" and (resting or world.failures > rules.max_restarts):
+    rest_s = min(world.failures - 1.0, WORLD_REST_S)  # a second more after each failure in a row
+    if world.state == "lost" and turn.now - world.since < rest_s:
         return
     number = world.number + 1
     turn.set(world=World(number, hosts, "starting", turn.now, world.failures), pulls={})
@@ -66,11 +69,11 @@ def _form(turn: Turn) -> None:
     if cluster.generation == 0 and any(m.worker is not Worker.IDLE for m in turn.alive):
         return  # the first time, wait for all that were asked for
     if cluster.fruitless > cluster.rules.max_fruitless:
-        turn.finish("failed", f"{cluster.fruitless} generations in a row ended before a step was done")
+        _save_and_stop(turn, f"{cluster.fruitless} generations in a row ended before a step was done")
         return
     plan = recovery.plan(cluster)
     if plan is None:
-        _out_of_nodes(turn)
+        _save_and_stop(turn, "no node is left for every rank")
         return
     generation = cluster.generation + 1
     turn.note(
@@ -101,43 +104,38 @@ def _form(turn: Turn) -> None:
     turn.enter(Phase.GATHERING)
 
 
-def _out_of_nodes(turn: Turn) -> None:
-    """No node is left for some rank: save the newest complete step, so that nothing is lost, and stop."""
-    cluster = turn.cluster
-    newest = recovery.newest_common_step(cluster.copies, cluster.rules.world_size)
-    published = cluster.published.step if cluster.published else FRESH
-    if newest is None or newest <= published:
-        turn.finish("stopped", "no node is left for every rank")
-        return
-    turn.set(persisting=newest, files={}, savers={})
+def _save_and_stop(turn: Turn, reason: str) -> None:
+    """The run cannot go on: save the newest complete step first, so that nothing is lost."""
+    newest = recovery.newest_common_step(turn.cluster.copies, turn.cluster.rules.world_size)
+    wanted = newest is not None and newest > turn.published_step()
+    turn.set(persisting=newest if wanted else FRESH, files={}, savers={}, stopping=reason)
     turn.enter(Phase.SAVING)
 
 
 def _save(turn: Turn) -> None:
     """Have every rank's snapshot written by some living node that holds it."""
     cluster = turn.cluster
-    saved = turn.published_step()
     if cluster.persisting == FRESH:
-        turn.finish("stopped", f"no node is left for every rank; the newest checkpoint is {_named(saved)}")
+        newest = cluster.published
+        turn.finish("stopped", f"{cluster.stopping}; the newest checkpoint is {newest.step if newest else 'none'}")
         return
     if turn.in_phase_for() > cluster.rules.finish_s:
-        turn.finish("stopped", f"no node is left for every rank; step {cluster.persisting} could not be saved in time")
+        turn.finish("stopped", f"{cluster.stopping}; step {cluster.persisting} could not be saved in time")
         return
+    complete = len(cluster.files) == cluster.rules.world_size
+    if complete and turn.alive and not cluster.members[cluster.publisher].alive:
+        turn.publish(turn.alive[0].node)
     for rank in range(cluster.rules.world_size):
         asked = turn.cluster.savers.get(rank)
         if rank in cluster.files or (asked is not None and cluster.members[asked].alive):
             continue
         places = cluster.copies.get((rank, cluster.persisting), {})
         if not places:
-            turn.finish("stopped", f"no node is left for every rank; the newest checkpoint is {_named(saved)}")
+            turn.finish("stopped", f"{cluster.stopping}; rank {rank} of step {cluster.persisting} could not be saved")
             return
         node, copy = min(places.items())
         turn.order(Persist(node, rank, cluster.persisting, copy.area, copy.half, copy.nbytes, copy.checksum))
         turn.set(savers={**turn.cluster.savers, rank: node})
-
-
-def _named(step: int) -> str:
-    return f"step {step}" if step != FRESH else "none"
 
 
 def _gather(turn: Turn) -> None:

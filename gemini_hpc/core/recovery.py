@@ -1,6 +1,6 @@
 """Plan a generation: who takes which rank, from which step, and where each rank's snapshot comes from."""
 
-from gemini_hpc.core.state import Cluster, Copies, Member, Plan, Source, Worker
+from gemini_hpc.core.state import Cluster, Copies, Plan, Source, Worker
 from gemini_hpc.core.types import FRESH
 
 
@@ -26,19 +26,14 @@ def assign(cluster: Cluster) -> dict[int, str] | None:
     ranks = {rank: node for rank, node in cluster.ranks.items() if cluster.members[node].alive}
     taken = set(ranks.values())
     spares = [m for m in cluster.members.values() if m.alive and m.heard >= 0 and m.node not in taken]
-    for rank in range(cluster.rules.world_size):
-        if rank in ranks:
-            continue
-        if not spares:
-            return None
-        chosen = min(spares, key=lambda member: _preference(member, rank))
-        spares.remove(chosen)
-        ranks[rank] = chosen.node
-    return dict(sorted(ranks.items()))
-
-
-def _preference(member: Member, rank: int) -> tuple[bool, bool, str]:
-    return member.worker is not Worker.IDLE, member.built_rank != rank, member.node
+    for as_built in (True, False):  # an engine that is built as this rank already is the best choice
+        for rank in range(cluster.rules.world_size):
+            fits = [m for m in spares if not as_built or (m.built_rank == rank and m.worker is Worker.IDLE)]
+            if rank not in ranks and fits:
+                chosen = min(fits, key=lambda member: (member.worker is not Worker.IDLE, member.node))
+                spares.remove(chosen)
+                ranks[rank] = chosen.node
+    return dict(sorted(ranks.items())) if len(ranks) == cluster.rules.world_size else None
 
 
 def newest_common_step(copies: Copies, world_size: int) -> int | None:

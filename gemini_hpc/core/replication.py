@@ -32,22 +32,18 @@ def missing(cluster: Cluster) -> Iterator[Missing]:
     rules = cluster.rules
     keepers = holders(rules.world_size, rules.replicas)
     areas = held_by(rules.world_size, rules.replicas)
-    for rank, owner in cluster.ranks.items():
-        step = newest_own(cluster, rank)
-        if step == FRESH:
-            continue
+    newest: dict[int, int] = {}
+    for (rank, step), places in cluster.copies.items():
+        if cluster.ranks[rank] in places:
+            newest[rank] = max(step, newest.get(rank, FRESH))
+    for rank, step in sorted(newest.items()):
+        owner = cluster.ranks[rank]
         places = cluster.copies[rank, step]
         for keeper in keepers[rank][1:]:
             node = cluster.ranks[keeper]
             if node not in places:
                 area = areas[keeper].index(rank)
                 yield Missing(rank, step, node, area, owner, places[owner])
-
-
-def newest_own(cluster: Cluster, rank: int) -> int:
-    """Newest step of which the rank's own node has its own sealed copy; FRESH when none."""
-    owner = cluster.ranks[rank]
-    return max((s for (r, s), places in cluster.copies.items() if r == rank and owner in places), default=FRESH)
 
 
 def turn_is_free(pulls: Mapping[str, Pull], holder: str, source: str) -> bool:

@@ -26,7 +26,7 @@ class Rules:
     join_s: float
     world_s: float
     finish_s: float  # for the last checkpoint, after the last step
-    max_restarts: int  # of one node's worker, and of the MPI world, in a row
+    max_restarts: int  # of one node's worker, in a row
     max_fruitless: int  # generations in a row that end before a step is done
 
 
@@ -144,6 +144,8 @@ class Cluster:
     world: World = World()
     persisting: int = FRESH  # step that is being written to the persistent tier
     files: Mapping[int, tuple[str, int, int]] = field(default_factory=dict)
+    publisher: str = ""  # who was told to publish it
+    stopping: str = ""  # why the run cannot go on
     savers: Mapping[int, str] = field(default_factory=dict)  # out of nodes: rank -> who was asked to save it
     next_persist: int = 0
     published: Checkpoint | None = None

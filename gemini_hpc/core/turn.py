@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from gemini_hpc.core.messages import Abort, Command, Finish, Gone, Note, RestartWorker, Retire
+from gemini_hpc.core.messages import Abort, Command, Finish, Gone, Note, Publish, RestartWorker, Retire
 from gemini_hpc.core.state import Cluster, Copy, Member, Phase, Worker, next_persist
 from gemini_hpc.core.types import FRESH
 
@@ -141,6 +141,13 @@ class Turn:
             key: {n: copy for n, copy in places.items() if n != node} for key, places in self.cluster.copies.items()
         }
         self.set(copies={key: places for key, places in kept.items() if places})
+
+    def publish(self, node: str) -> None:
+        """All files of the step that is being persisted are written: have its manifest written by `node`."""
+        cluster = self.cluster
+        wire = {str(rank): list(entry) for rank, entry in sorted(cluster.files.items())}
+        self.set(publisher=node)
+        self.order(Publish(node, cluster.generation, cluster.persisting, wire))
 
     def end_persist(self) -> None:
         following = next_persist(self.cluster.rules, self.cluster.persisting)

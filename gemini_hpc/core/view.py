@@ -64,4 +64,6 @@ def _waiting_for(cluster: Cluster) -> list[str]:
             for r in cluster.ranks
             if r not in cluster.files
         ]
+    if cluster.phase is Phase.RUNNING and cluster.world.state != "ready":
+        return [f"MPI world {cluster.world.number} of the window hosts ({cluster.world.state})"]
     return []

@@ -104,7 +104,8 @@ class ElasticWorld:
         self._lock = threading.Lock()
         self._before: set[int] = set()  # sockets that are not the current group's
         self._sockets: dict[int, int] | None = {}  # inode -> descriptor of the group's; None = being made
-        self._aborted = False
+        self._generation = 0  # whose group is held or being made
+        self._aborted_through = -1  # all generations up to this one are over
         dist.Backend.register_backend(BACKEND, self._create, extended_api=True, devices=["cpu"])
         dist.init_process_group(BACKEND, store=dist.HashStore(), rank=rank, world_size=size, timeout=self._timeout)
 
@@ -131,7 +132,8 @@ class ElasticWorld:
         with self._lock:
             self._before = set(_connections())
             self._sockets = None
-            self._aborted = False
+            self._generation = generation
+            self._refuse_aborted()
         store = own if rank == 0 else self._reach(address)
         for index, group in enumerate(self._groups):
             prefix = dist.PrefixStore(f"generation-{generation}/group-{index}", store)
@@ -140,8 +142,11 @@ class ElasticWorld:
         self._store = store  # the group's members may ask it as long as the group lives
         with self._lock:
             self._sockets = {i: fd for i, fd in _connections().items() if i not in self._before}
-            if self._aborted:
-                raise RuntimeError("the group was aborted while it formed")
+            self._refuse_aborted()
+
+    def _refuse_aborted(self) -> None:
+        if self.aborted:
+            raise RuntimeError(f"generation {self._generation} was aborted while its group formed")
 
     def leave(self, rank: int | None = None) -> None:
         """Drop the real group: a fake one takes its place, in which this process is `rank`."""
@@ -159,14 +164,18 @@ class ElasticWorld:
         dist.all_reduce(answer, op=dist.ReduceOp.MIN)
         return bool(answer.item())
 
-    def abort(self) -> None:
-        """Make every collective in flight, and every later one of this group, raise; from any thread.
+    def abort(self, generation: int) -> None:
+        """End `generation` and all before it; from any thread, even before `join` is called for it.
+
+        Every collective in flight on its group, and every later one, raises.
 
         gloo's own abort does not wake a rank that waits for a peer which is alive but has left, or which
         vanished without a reset of the connection (FACTS.md section 1). Shutting the sockets does.
         """
         with self._lock:
-            self._aborted = True
+            self._aborted_through = max(self._aborted_through, generation)
+            if not self.aborted:
+                return
             if self._sockets is None:  # still being made: everything opened since then belongs to it
                 doomed = {i: fd for i, fd in _connections().items() if i not in self._before}
             else:
@@ -176,7 +185,8 @@ class ElasticWorld:
 
     @property
     def aborted(self) -> bool:
-        return self._aborted
+        """Whether the generation whose group is held, or was held last, has been aborted."""
+        return self._generation <= self._aborted_through
 
     def _reach(self, address: str) -> "dist.TCPStore":
         host, port = address.rsplit(":", 1)

@@ -44,6 +44,7 @@ from gemini_hpc.core.messages import (
     WorldFailed,
     Written,
 )
+from gemini_hpc.core.types import FRESH
 from gemini_hpc.runtime.children import PARENT
 from gemini_hpc.runtime.cluster import CLUSTER, NODES, address_of, coordinator_of
 from gemini_hpc.runtime.coordinator import Coordinator
@@ -186,8 +187,8 @@ class Agent:
                 self._arena.safe_step = order.step
         else:
             if isinstance(order, Join) and self._arena is not None:
-                # back behind the safe step of before: what the arena says must not be taken for a proof
-                self._arena.safe_step = min(self._arena.safe_step, order.step)
+                # perhaps back behind the safe step of before: nothing is safe until the coordinator says so again
+                self._arena.safe_step = FRESH
             role = next(role for role, kinds in ORDERS_FOR.items() if isinstance(order, kinds))
             self._pass_on(role, order)
 

@@ -31,6 +31,7 @@ from gemini_hpc.engine import builder, reset, versions  # noqa: E402
 from gemini_hpc.engine.elastic import ElasticWorld, is_peer_failure  # noqa: E402
 from gemini_hpc.engine.generators import start_generators  # noqa: E402
 from gemini_hpc.engine.training import train_step  # noqa: E402
+from gemini_hpc.errors import GeminiError  # noqa: E402
 from gemini_hpc.runtime.channel import Channel  # noqa: E402
 from gemini_hpc.runtime.children import PARENT  # noqa: E402
 from gemini_hpc.runtime.drills import Drills  # noqa: E402
@@ -78,7 +79,7 @@ class Worker:
             if order is None:
                 os._exit(0)  # the agent is gone
             if isinstance(order, Abort):
-                self._world.abort()
+                self._world.abort(order.generation)
             self._inbox.put(order)
 
     # --- one generation -----------------------------------------------------------------------------
@@ -115,6 +116,9 @@ class Worker:
             self._last_snapshot = None
             self._snapshot(0, join, wait=False)
         else:
+            held = self._arena.record(OWN, join.half)
+            if (held.state, held.rank, held.step) != (State.SEALED, join.rank, join.step):
+                raise GeminiError(f"half {join.half} holds {held}, not rank {join.rank} of step {join.step}")
             self._built.shard.restore(self._arena.payload(OWN, join.half))
             self._last_snapshot = join.step
         self._built.fresh = False
@@ -180,7 +184,7 @@ class Worker:
         elif not self._world.agree(self._is_safe(arena)):
             return -1.0
         start = time.monotonic()
-        half = _free_half(arena)
+        half = self._free_half(arena)
         shard = self._built.shard
         arena.write_record(OWN, half, Record(State.WRITING, join.rank, step, join.generation))
         shard.capture(arena.payload(OWN, half), step)
@@ -202,10 +206,10 @@ class Worker:
     def _is_safe(self, arena: Arena) -> bool:
         return self._last_snapshot is None or arena.safe_step >= self._last_snapshot
 
-
-def _free_half(arena: Arena) -> int:
-    """Return the half that does not hold the newest safe step."""
-    return 1 if arena.record(OWN, 0).step == arena.safe_step >= 0 else 0
+    def _free_half(self, arena: Arena) -> int:
+        """Return the half that does not hold the newest safe step; or, while none is known, what was restored."""
+        keep = arena.safe_step if arena.safe_step >= 0 else self._last_snapshot
+        return 1 if arena.record(OWN, 0).step == keep else 0
 
 
 def main() -> None:

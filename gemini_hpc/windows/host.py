@@ -131,8 +131,8 @@ class Host:
     def _poll_s(self) -> float:
         """Return how long to wait for an order or for the transport.
 
-        UCX's TCP has an epoll descriptor, which wakes this process at once, whether it pulls or serves. Where there
-        is none (InfiniBand) a pull has to spin: sleeping between tests costs two thirds of its speed.
+        UCX's TCP has an epoll descriptor, which wakes this process at once, whether it pulls or serves. Without it
+        (shared memory, InfiniBand) a pull has to spin: sleeping between tests costs two thirds of its speed.
         """
         if self.transport_fds:
             return IDLE_POLL_S
@@ -231,7 +231,9 @@ class Host:
 
 
 def _transport_fds() -> list[int]:
-    """Return the epoll descriptors of this process, which are all UCX's."""
+    """Return the epoll descriptors of this process, which are all UCX's; only its TCP shows its events there."""
+    if "tcp" not in os.environ.get("UCX_TLS", ""):
+        return []
     links = {fd: Path(f"/proc/self/fd/{fd}") for fd in map(int, os.listdir("/proc/self/fd"))}
     return [fd for fd, link in links.items() if link.is_symlink() and "[eventpoll]" in os.readlink(link)]
 

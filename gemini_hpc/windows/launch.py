@@ -68,7 +68,12 @@ def mpiexec_command(
 
 def mpi_environment(interface: str | None) -> dict[str, str]:
     """Return MPICH's and UCX's settings for hosts that meet over `interface`; None = shared memory of one machine."""
-    settings = {"MPIR_CVAR_CH4_NETMOD": "ucx", "MPIR_CVAR_NOLOCAL": "1", "UCX_WARN_UNUSED_ENV_VARS": "n"}
+    settings = {
+        "MPIR_CVAR_CH4_NETMOD": "ucx",
+        "MPIR_CVAR_NOLOCAL": "1",
+        "UCX_WARN_UNUSED_ENV_VARS": "n",
+        "HWLOC_XMLFILE": os.devnull,
+    }
     if interface is None:
         return settings | {"UCX_TLS": "posix,self", "UCX_NET_DEVICES": "all"}
     return settings | {

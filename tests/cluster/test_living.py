@@ -46,7 +46,6 @@ def test_the_expendable_processes_may_die(tmp_path: Path) -> None:
     with Run(tmp_path, *settings, drills()) as run:
         run.wait_for_training(step=4)
         run.kill("gemini_hpc.windows.host", "node1")
-        run.wait_for("world", state="lost", number=1)
         run.wait_for("world", state="ready", number=2)
         run.note_mpi_files()
         safe = max(event["step"] for event in run.events("safe"))

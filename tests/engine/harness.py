@@ -45,6 +45,7 @@ class Nursery:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.engine.rank", str(os.getpid()), str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
+                cwd=ROOT,
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

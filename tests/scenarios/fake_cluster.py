@@ -312,8 +312,10 @@ class FakeCluster:
             return  # nobody answers there: it waits until it is aborted
         group = self.groups.setdefault(order.generation, {})
         group[order.rank] = node
-        if len(group) < self.rules.world_size:
-            return
+        if len(group) < self.rules.world_size or any(
+            not member.up or member.generation != order.generation for member in group.values()
+        ):
+            return  # somebody is missing: all wait until they are aborted
         contents = {}
         for rank, member in group.items():
             if order.step != FRESH:
