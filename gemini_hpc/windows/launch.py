@@ -15,7 +15,7 @@ from gemini_hpc.errors import UserError
 _SHARED_MEMORY = Path("/dev/shm")
 _SEGMENT_BYTES = 256 << 10  # with UCX's own 8 KiB a quarter of the speed
 _MPICH_FILES = "mpich_shm_*"
-_LEFTOVER_AGE_S = 10.0
+_LEFTOVER_AGE_S = 1.0  # another MPI program of this user may be between creating and mapping its file
 _FROM_OTHER_LAUNCHERS = ("PMI_", "PMIX_", "HYDI_", "HYDRA_", "MPIEXEC_")
 
 

@@ -154,6 +154,10 @@ class Run:
         name, value = (NODE_MARK, f"{self.paths.run_id}:{node}") if node else (RUN_MARK, self.paths.run_id)
         return [pid for pid in _marked(f"{name}={value}") if module in _command(pid)]
 
+    def without_launcher(self) -> list[int]:
+        """Return the living processes of the run but for MPI's launcher and its shields."""
+        return [pid for pid in self.pids("-m gemini_hpc.") if "windows/shield.py" not in _command(pid)]
+
     def kill(self, module: str, node: str = "", number: int = signal.SIGKILL) -> None:
         """Send a signal to the one process of that module (on that node)."""
         (pid,) = until(lambda: self.pids(module, node), f"{module} of {node}", EVENT_S)

@@ -39,7 +39,7 @@ def test_the_next_start_sweeps_what_a_killed_supervisor_left(tmp_path: Path) -> 
         os.kill(run.supervisor(), signal.SIGKILL)
         run.wait_for_end(1, timeout_s=GONE_S)
         # the kernel and the channels see to it; MPI's launcher, which holds nothing, is left for the sweep
-        until(lambda: not run.pids("-m gemini_hpc."), f"the end of {run.pids()}", GONE_S)
+        until(lambda: not run.without_launcher(), f"the end of {run.pids()}", GONE_S)
         assert list(SHM.glob(f"gemini-{run.paths.run_id}*"))  # that is what has to be swept
         assert call("status", str(run.run_dir)).returncode == 0
         assert run.paths.run_id in sweep(SHM)

@@ -57,7 +57,7 @@ class Rank:
                 os._exit(0)
             name, arguments = json.loads(raw)
             if name == "abort":
-                self._abort(**arguments)
+                self._world.abort(**arguments)
             else:
                 self._calls.put((name, arguments))
 
@@ -119,10 +119,6 @@ class Rank:
     def join(self, generation: int, rank: int, store: str) -> None:
         takes_own = "own" in inspect.signature(self._world.join).parameters
         self._world.join(generation, rank, store, *([self._store] if takes_own else []))
-
-    def _abort(self, generation: int) -> None:
-        takes_generation = "generation" in inspect.signature(self._world.abort).parameters
-        self._world.abort(*([generation] if takes_generation else []))
 
     def start(self, rank: int) -> None:
         """Begin at step 0."""

@@ -59,6 +59,20 @@ def test_an_abort_that_comes_before_the_join_is_not_forgotten(cluster: Clusters)
     run.ranks[1].failure(wait_s=PROMPT_S)
 
 
+def test_an_abort_at_any_moment_of_the_join_ends_it(cluster: Clusters) -> None:
+    """Before the store is reached, while the peers are awaited, and in between."""
+    run = cluster(Case(), size=2, spares=0)
+    for number, rank in enumerate(run.ranks):
+        for moment in range(12):
+            run.generation += 1
+            rank.send("join", generation=run.generation, rank=number, store=run.stores[run.ranks[0].pid])
+            time.sleep(moment * 0.0005)
+            rank.send("abort", generation=run.generation)
+            rank.failure(wait_s=PROMPT_S)
+            rank.call("hot_swap", rank=number)
+    join_later(run)
+
+
 def test_an_abort_that_comes_late_does_not_harm_the_next_group(cluster: Clusters, undisturbed: Undisturbed) -> None:
     """A rank saw the failure by itself, and is in the next generation already."""
     run = cluster(Case(), size=2, spares=0).start()
