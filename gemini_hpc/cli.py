@@ -1,5 +1,6 @@
 """What all command lines share: an error is one line and an exit status, the traceback only under --debug."""
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -20,3 +21,6 @@ def run_command(command: Callable[[list[str]], int]) -> int:
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # nobody reads any more, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

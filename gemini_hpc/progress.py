@@ -10,6 +10,9 @@ from gemini_hpc.runtime.status_file import read_status
 from gemini_hpc.telemetry import read_events
 
 RENEW_S = 0.3
+FINAL = ("finished", "stopped", "failed")
+"""States in which nothing more comes."""
+
 PLAIN_RENEW_S = 10.0
 """How often a line is printed where the terminal cannot rewrite one."""
 
@@ -48,6 +51,8 @@ class Progress:
         if found:
             self._out.write("\n" + timeline.table(found) + "\n\n")
         state = status.get("state", "failed")
+        if state not in FINAL:
+            state, status["reason"] = "failed", "the job ended without a result; is there room on the disk of the run?"
         self._out.write(f"{state:<9}{status.get('reason', '')}\n".rstrip() + "\n")
         if status.get("verdict"):
             self._out.write(f"proof    {status['verdict']}\n")

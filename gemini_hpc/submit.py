@@ -10,6 +10,7 @@ import sys
 import time
 from datetime import datetime
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 
 from gemini_hpc import __version__
@@ -49,7 +50,9 @@ def main(arguments: list[str]) -> int:
     needs, corpus = _check(config)
     if options.resume:
         _check_corpus(run_dir, corpus)
-    _make_directory(run_dir, config, script, corpus)
+    if not options.resume:
+        run_dir = _claim(run_dir)
+    _fill_directory(run_dir, config, script, corpus)
     if options.prepare:
         print(run_dir.resolve())
         return 0
@@ -86,9 +89,7 @@ def _script_arguments(options: argparse.Namespace) -> list[str]:
 
 
 def _new_name(config: RunConfig) -> str:
-    name = f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    taken = [entry.name for entry in Path(config.site.runs_dir).glob(f"{name}*")]
-    return name if not taken else f"{name}-{os.getpid()}"
+    return f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 # --- checks, before anything is made ----------------------------------------------------------------------
@@ -137,9 +138,24 @@ def _resume(run_dir: Path, options: argparse.Namespace) -> tuple[Path, RunConfig
     return run_dir, config
 
 
-def _make_directory(run_dir: Path, config: RunConfig, script: str, corpus: str) -> None:
+def _claim(wanted: Path) -> Path:
+    """Make a new run directory, under the next free name if somebody else made this one a moment ago."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        wanted.parent.mkdir(parents=True, exist_ok=True)
+        for number in count(2):
+            try:
+                run_dir = wanted if number == 2 else wanted.with_name(f"{wanted.name}-{number - 1}")
+                run_dir.mkdir(mode=0o700)
+                return run_dir
+            except FileExistsError:
+                continue
+    except OSError as error:
+        raise UserError(f"cannot make {wanted} ({error.strerror}); set site.runs_dir to a folder of yours") from error
+    raise AssertionError("unreachable")
+
+
+def _fill_directory(run_dir: Path, config: RunConfig, script: str, corpus: str) -> None:
+    try:
         for name in ("logs", "events", "checkpoints"):
             (run_dir / name).mkdir(exist_ok=True)
         (run_dir / "submit.sh").write_text(script)
@@ -192,6 +208,8 @@ def _submit(run_dir: Path, config: RunConfig, needs: capacity.Needs | None, wait
             progress.show()
             time.sleep(0.1)
     except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         print("\nstopping ...", flush=True)
         job.cancel(CANCEL_GRACE_S)
         print(f"stopped; go on with: python -m gemini_hpc.submit --resume {shown}")

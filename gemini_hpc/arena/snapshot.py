@@ -21,7 +21,7 @@ INDEX_BYTES = 64 << 10
 
 _LENGTH = struct.Struct("<Q")
 _ALIGN = 64
-_ITEM_BYTES = {"float32": 4, "float64": 8, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
+_ITEM_BYTES = {"float32": 4, "float64": 8, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1}
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,19 @@ class SnapshotIndex:
                 raise ValueError("unknown format")
             tensors = tuple(TensorSpec(**{**t, "shape": tuple(t["shape"])}) for t in raw.pop("tensors"))
             index = cls(tensors=tensors, **raw)
+            numbers = (index.rank, index.step, index.world_size, index.nbytes)
+            if not all(type(number) is int for number in numbers) or not isinstance(index.state, dict):
+                raise ValueError("types")
             if index.nbytes > len(payload):
                 raise ValueError(f"{index.nbytes} bytes in a payload of {len(payload)}")
             for tensor in tensors:
+                if not isinstance(tensor.name, str):
+                    raise ValueError("name of a tensor")
                 if tensor.nbytes != prod(tensor.shape) * _ITEM_BYTES[tensor.dtype]:
                     raise ValueError(f"size of {tensor.name}")
                 if tensor.offset < INDEX_BYTES or tensor.offset + tensor.nbytes > index.nbytes:
                     raise ValueError(f"place of {tensor.name}")
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise GeminiError(f"not a snapshot: {error}") from error
         return index
 

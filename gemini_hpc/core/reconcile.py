@@ -73,7 +73,7 @@ def _form(turn: Turn) -> None:
         return
     plan = recovery.plan(cluster)
     if plan is None:
-        _save_and_stop(turn, "no node is left for every rank")
+        _save_and_stop(turn, f"no node is left for every rank (the last was lost because {cluster.last_loss})")
         return
     generation = cluster.generation + 1
     turn.note(
@@ -160,6 +160,8 @@ def _gather(turn: Turn) -> None:
         return
     if any(members[node].worker is not Worker.IDLE for node in plan.ranks.values()):
         return
+    if plan.step == FRESH and turn.cluster.world.state == "starting":
+        return  # half a second at the start of a run, so that it is protected from its first step on
     store = members[plan.ranks[0]].store
     for rank, node in plan.ranks.items():
         half = turn.cluster.copies[rank, plan.step][node].half if plan.step != FRESH else 0

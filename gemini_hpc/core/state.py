@@ -145,6 +145,7 @@ class Cluster:
     persisting: int = FRESH  # step that is being written to the persistent tier
     files: Mapping[int, tuple[str, int, int]] = field(default_factory=dict)
     publisher: str = ""  # who was told to publish it
+    last_loss: str = ""  # why the last node was evicted
     stopping: str = ""  # why the run cannot go on
     savers: Mapping[int, str] = field(default_factory=dict)  # out of nodes: rank -> who was asked to save it
     next_persist: int = 0

@@ -61,6 +61,7 @@ class Turn:
         if not self.cluster.members[node].evidence:
             self.note("suspect", target=node, evidence="exit", reason=reason)
         self.set_member(node, alive=False, evidence={})
+        self.set(last_loss=reason)
         self.note("evict", target=node, generation=self.cluster.generation + 1, reason=reason)
         self.order(Retire(node, self.cluster.generation + 1))
         self._forget_copies_on(node)

@@ -12,7 +12,7 @@ def describe(cluster: Cluster, now: float) -> dict[str, Any]:
     return {
         "state": cluster.outcome or cluster.phase.value,
         "generation": cluster.generation,
-        "step": min(cluster.stepped.values(), default=cluster.plan.step if cluster.plan else 0),
+        "step": max(0, min(cluster.stepped.values(), default=cluster.plan.step if cluster.plan else 0)),
         "total_steps": rules.total_steps,
         "world_size": rules.world_size,
         "replicas": rules.replicas,

@@ -45,9 +45,12 @@ def load_entry(name: str) -> Entry:
         if module_name.endswith(".py"):
             sys.path.insert(0, os.path.dirname(os.path.abspath(module_name)))
             module_name = os.path.basename(module_name)[:-3]
-        return getattr(importlib.import_module(module_name), function)  # type: ignore[no-any-return]
+        entry = getattr(importlib.import_module(module_name), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"train.entry {name!r} cannot be loaded ({error}); give module:function") from error
+    if not callable(entry):
+        raise UserError(f"train.entry {name!r} is a {type(entry).__name__}; give module:function")
+    return entry  # type: ignore[no-any-return]
 
 
 def prepare(threads: int) -> None:
@@ -57,6 +60,7 @@ def prepare(threads: int) -> None:
     # it is looked up; `deepspeed.comm.torch` as an attribute is the real torch.
     importlib.import_module("deepspeed.comm.torch")
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed refuses to start without it
+    os.environ.setdefault("LOCAL_SIZE", "1")  # or it runs numactl in every step to count the devices of a CPU
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
 
 
@@ -91,9 +95,9 @@ def destroy(built: Built) -> None:
     """
     built.engine.destroy()
     for attribute in vars(PartitionedParameterCoordinator).values():
-        cached = getattr(attribute, "__wrapped__", attribute)
-        if hasattr(cached, "cache_clear"):
-            cached.cache_clear()
+        for cell in getattr(attribute, "__closure__", None) or ():  # instrument_w_nvtx hides it in a closure
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()
     partition_parameters.Init.param_id = 0
     counter = parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
     if counter and isinstance(counter[0], list):
@@ -101,5 +105,5 @@ def destroy(built: Built) -> None:
     parameter_offload.FWD_MODULE_STACK.clear()
     partition_parameters.empty_buffers.clear()
     partition_parameters.temp_contiguous_tensor = None
-    built.engine = None
+    built.engine = built.training = built.shard = None
     gc.collect()

@@ -20,6 +20,8 @@ _DTYPES = {
     torch.float64: "float64",
     torch.int64: "int64",
     torch.int32: "int32",
+    torch.int16: "int16",
+    torch.int8: "int8",
     torch.uint8: "uint8",
     torch.bool: "bool",
 }
@@ -39,6 +41,9 @@ class Shard:
             _create_moments(self._zero.optimizer, flat)
         self.clear_padding()
         persistent = engine.module.state_dict(keep_vars=True)
+        trained = {id(parameter) for group in self._zero.fp16_groups for parameter in group}
+        # constant, but partitioned: a spare that was built as another rank has another piece of them
+        self._frozen = {n: p for n, p in engine.module.named_parameters() if id(p) not in trained}
         self._buffers = {name for name, _ in engine.module.named_buffers() if name in persistent}
         self._generators = Generators()
         states, _ = self._generators.capture()
@@ -94,7 +99,8 @@ class Shard:
             if low.data_ptr() != flat.data_ptr():
                 low.data.copy_(flat.data)
             zero._unflatten_partitioned_parameters(i)
-        zero.checkpoint_event_epilogue()
+        if zero.persistent_parameters:  # in one collective; checkpoint_event_epilogue has one for each of them
+            zero.persistent_parameters[0].all_gather_coalesced(zero.persistent_parameters).wait()
         self._put_small_state(index.state)
         Generators.restore(states, index.state["generators"])
         return index.step
@@ -113,8 +119,10 @@ class Shard:
             found[f"group{i}/master"] = flat.data
             for moment in _MOMENTS:
                 found[f"group{i}/{moment}"] = self._zero.optimizer.state[flat][moment]
+        found |= {f"frozen/{n}": _storable(p.ds_tensor.data) for n, p in self._frozen.items()}
         if self._buffers:
-            found |= {f"buffer/{n}": b for n, b in self._engine.module.named_buffers() if n in self._buffers}
+            buffers = self._engine.module.named_buffers()
+            found |= {f"buffer/{n}": _storable(b) for n, b in buffers if n in self._buffers}
         return found
 
     def _small_state(self) -> dict[str, Any]:
@@ -160,6 +168,11 @@ def _create_moments(optimizer: torch.optim.Optimizer, flat: torch.Tensor) -> Non
         state["step"] = torch.tensor(0.0, dtype=torch.float32)
         for moment in _MOMENTS:
             state[moment] = torch.zeros_like(flat, memory_format=torch.preserve_format)
+
+
+def _storable(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a view whose type numpy and HDF5 know too: 16-bit floats travel as integers."""
+    return tensor.view(torch.int16) if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def _view(payload: memoryview, spec: TensorSpec) -> torch.Tensor:

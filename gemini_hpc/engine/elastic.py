@@ -9,6 +9,7 @@ import os
 import socket
 import stat
 import threading
+import time
 from typing import Any
 
 import torch
@@ -17,7 +18,11 @@ from torch._C._distributed_c10d import FakeProcessGroup
 from torch.distributed import ProcessGroup, ProcessGroupGloo
 from torch.distributed import distributed_c10d as c10d
 
+from gemini_hpc.errors import UserError
+
 BACKEND = "elastic"
+
+_SHUT_AGAIN_S = 0.005
 
 _DELEGATED = [
     "allreduce",
@@ -102,6 +107,7 @@ class ElasticWorld:
         self._timeout = datetime.timedelta(seconds=timeout_s)
         self._groups: list[ElasticGroup] = []
         self._lock = threading.Lock()
+        self._device: Any = None
         self._before: set[int] = set()  # sockets that are not the current group's
         self._sockets: dict[int, int] | None = {}  # inode -> descriptor of the group's; None = being made
         self._generation = 0  # whose group is held or being made
@@ -111,8 +117,9 @@ class ElasticWorld:
 
     def _create(self, options: Any, _backend_options: Any = None) -> ElasticGroup:
         if options.group_size != self.size:
-            raise NotImplementedError(
-                f"a group of {options.group_size} of {self.size} ranks: only groups of all ranks can be exchanged"
+            raise UserError(
+                f"DeepSpeed asks for a group of {options.group_size} of {self.size} ranks, which cannot be exchanged; "
+                "leave hpZ, expert, tensor and sequence parallelism out of train.deepspeed"
             )
         group = ElasticGroup(options.group_rank, options.group_size)
         self._groups.append(group)
@@ -123,26 +130,30 @@ class ElasticWorld:
         store = dist.TCPStore(self._address, 0, None, True, self._timeout, wait_for_workers=False)
         return store, f"{self._address}:{store.port}"
 
-    def join(self, generation: int, rank: int, address: str, own: "dist.TCPStore") -> None:
+    def join(self, generation: int, rank: int, address: str) -> None:
         """Put the real group of `generation` inside every elastic group (all ranks).
 
-        Rank 0 serves the store (`own`), the others reach it at `address`. Blocks until all ranks came, at most
-        the timeout; raises RuntimeError when `abort` is called meanwhile or a peer does not come.
+        All reach rank 0's store at `address`, rank 0 too: an abort can shut only what was opened in here. Blocks
+        until all ranks came, at most the timeout; raises RuntimeError when `abort` is called meanwhile or a peer
+        does not come.
         """
         with self._lock:
             self._before = set(_connections())
             self._sockets = None
             self._generation = generation
+        try:
             self._refuse_aborted()
-        store = own if rank == 0 else self._reach(address)
-        for index, group in enumerate(self._groups):
-            prefix = dist.PrefixStore(f"generation-{generation}/group-{index}", store)
-            group.become(rank, self._gloo_group(prefix, rank))
-        self.rank = rank
-        self._store = store  # the group's members may ask it as long as the group lives
-        with self._lock:
-            self._sockets = {i: fd for i, fd in _connections().items() if i not in self._before}
-            self._refuse_aborted()
+            store = self._reach(address)
+            for index, group in enumerate(self._groups):
+                self._refuse_aborted()
+                prefix = dist.PrefixStore(f"generation-{generation}/group-{index}", store)
+                group.become(rank, self._gloo_group(prefix, rank))
+            self.rank = rank
+            self._store = store  # the group's members may ask it as long as the group lives
+        finally:
+            with self._lock:
+                self._sockets = {i: fd for i, fd in _connections().items() if i not in self._before}
+        self._refuse_aborted()
 
     def _refuse_aborted(self) -> None:
         if self.aborted:
@@ -165,23 +176,28 @@ class ElasticWorld:
         return bool(answer.item())
 
     def abort(self, generation: int) -> None:
-        """End `generation` and all before it; from any thread, even before `join` is called for it.
+        """End `generation` and all before it; from any thread but the joining one, even before `join`.
 
-        Every collective in flight on its group, and every later one, raises.
+        Every collective in flight on its group, and every later one, raises. While the group forms, what it
+        opens is shut until `join` gives up, which it does at once.
 
         gloo's own abort does not wake a rank that waits for a peer which is alive but has left, or which
         vanished without a reset of the connection (FACTS.md section 1). Shutting the sockets does.
         """
-        with self._lock:
-            self._aborted_through = max(self._aborted_through, generation)
-            if not self.aborted:
-                return
-            if self._sockets is None:  # still being made: everything opened since then belongs to it
-                doomed = {i: fd for i, fd in _connections().items() if i not in self._before}
-            else:
+        forming = True
+        while forming:
+            with self._lock:
+                self._aborted_through = max(self._aborted_through, generation)
+                if not self.aborted:
+                    return
+                forming = self._sockets is None  # then everything opened since belongs to it
                 doomed = self._sockets
-            for inode, descriptor in doomed.items():
-                _shut(inode, descriptor)
+                if doomed is None:
+                    doomed = {i: fd for i, fd in _connections().items() if i not in self._before}
+                for inode, descriptor in doomed.items():
+                    _shut(inode, descriptor)
+            if forming:
+                time.sleep(_SHUT_AGAIN_S)
 
     @property
     def aborted(self) -> bool:
@@ -190,11 +206,20 @@ class ElasticWorld:
 
     def _reach(self, address: str) -> "dist.TCPStore":
         host, port = address.rsplit(":", 1)
+        # Its owner listened before it told anybody: a refusal means that it is gone. TCPStore would try again
+        # until the timeout.
+        try:
+            socket.create_connection((host, int(port)), self._timeout.total_seconds()).close()
+        except OSError as error:
+            raise dist.DistNetworkError(f"the store of rank 0 at {address} cannot be reached: {error}") from error
         return dist.TCPStore(host, int(port), None, False, self._timeout)
 
     def _gloo_group(self, store: "dist.Store", rank: int) -> ProcessGroup:
         options = ProcessGroupGloo._Options()
-        options._devices = [ProcessGroupGloo.create_device(hostname=self._address)]
+        if self._device is None:
+            # one for all groups: each has a thread, and to end it takes gloo 10 ms
+            self._device = ProcessGroupGloo.create_device(hostname=self._address)
+        options._devices = [self._device]
         options._timeout = self._timeout
         group = ProcessGroup(store, rank, self.size)
         backend = ProcessGroupGloo(store, rank, self.size, options)
@@ -229,8 +254,8 @@ def _is_connected(descriptor: int) -> bool:
     with socket.socket(fileno=os.dup(descriptor)) as probe:
         if probe.family not in (socket.AF_INET, socket.AF_INET6):
             return False
-        probe.getpeername()  # OSError for a listener
-        return True
+        # one that still connects is among them: to be shut is the end of its wait
+        return probe.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == 0
 
 
 def _shut(inode: int, descriptor: int) -> None:

@@ -28,6 +28,8 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "float64": np.dtype("<f8"),
     "int64": np.dtype("<i8"),
     "int32": np.dtype("<i4"),
+    "int16": np.dtype("<i2"),
+    "int8": np.dtype("i1"),
     "uint8": np.dtype("u1"),
     "bool": np.dtype("u1"),
 }

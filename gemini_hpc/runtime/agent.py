@@ -98,6 +98,7 @@ class Agent:
         self._last_beat = 0.0
         self._last_round = time.monotonic()
         self._worker_starts = 0
+        self._last_words = ""  # why the worker is about to exit
         self._over = False
         self._role = Coordinator(paths, run, nodes, self._wire, self._cluster, self._events)
         self._coordinates = node == coordinator_of(nodes)
@@ -201,6 +202,7 @@ class Agent:
 
     def _start_worker(self) -> None:
         self._ready = None
+        self._last_words = ""
         self._worker_starts += 1
         self._household.start(
             "worker",
@@ -221,7 +223,7 @@ class Agent:
         for role, news in self._household.news():
             if isinstance(news, ProcessEnded):
                 if role == "worker":
-                    self._tell(WorkerLost(self._node, news.how))
+                    self._tell(WorkerLost(self._node, self._last_words or news.how))
                 else:
                     self._archiver_due = time.monotonic() + RESTART_S
             elif isinstance(news, LineEnded):
@@ -247,6 +249,9 @@ class Agent:
         if isinstance(message, WorkerReady):
             self._ready = message
             self._make_arena(message.snapshot_bytes)
+            return
+        if isinstance(message, WorkerLost):
+            self._last_words = message.reason  # it is about to exit: the coordinator hears of it then
             return
         if isinstance(message, HostReady):
             self._remind_host()
@@ -285,6 +290,9 @@ class Agent:
         """Allocate and touch the arena in a thread: it may take seconds, and the heart must go on beating."""
         geometry = Geometry(self._run.protect.replicas, snapshot_bytes)
         if self._arena is not None:
+            if not self._arena.path.exists():  # somebody removed it: what it holds can be reached by nobody new
+                self._events.emit("run", state="stopped", reason=f"{self._arena.path} is gone")
+                self._over = True
             if self._arena.geometry != geometry:
                 self._arena_failure = "its snapshots have another size than before"
             return

@@ -28,6 +28,12 @@ from gemini_hpc.telemetry import EventLog
 from gemini_hpc.windows.launch import HostSpec, mpi_leftovers, mpiexec_command
 
 POLL_MS = 100
+DYING_WITH_US = [
+    *(sys.executable, "-I", "-S", "-c"),
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])",
+]
+"""A program started behind these words is killed when the supervisor dies (PR_SET_PDEATHSIG), as all children are."""
+
 PATIENCE_S = 5.0
 """How long agents may take to leave after the end of the run."""
 
@@ -121,7 +127,11 @@ class Supervisor:
         )
         with open(self._paths.logs / "windows.log", "ab") as output:
             self._world = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+                [*DYING_WITH_US, *command],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
             )
         self._world_number = order.world
 
@@ -141,6 +151,7 @@ def supervise(paths: RunPaths, run: RunConfig) -> int:
     """Run one run from start to end; the exit status of the job."""
     lock = RunLock(paths.lock)
     sweep(paths.shm_dir)
+    _remove_mpi_leftovers()
     if not lock.take():
         print(
             f"{paths.run_dir} is being run already; watch it with `python -m gemini_hpc.status`",
@@ -155,16 +166,20 @@ def supervise(paths: RunPaths, run: RunConfig) -> int:
             outcome, reason = _close(paths, run, reason)
     except Interrupted as interruption:
         outcome, reason = "stopped", str(interruption)
-    except GeminiError as error:
+    except (GeminiError, OSError) as error:
         outcome, reason = "failed", str(error)
     finally:
         clear(paths.shm_dir, paths.run_id)
-        for leftover in mpi_leftovers():
-            leftover.unlink(missing_ok=True)
+        _remove_mpi_leftovers()
         lock.release()
     events.emit("run", state=outcome, reason=reason)
     update_status(paths, state=outcome, reason=reason, waiting_for=[])
     return 0 if outcome == "finished" else 1
+
+
+def _remove_mpi_leftovers() -> None:
+    for leftover in mpi_leftovers():
+        leftover.unlink(missing_ok=True)
 
 
 def _train(paths: RunPaths, run: RunConfig) -> tuple[str, str]:

@@ -23,6 +23,7 @@ from gemini_hpc.core.messages import (  # noqa: E402
     Resumed,
     Stepped,
     Trouble,
+    WorkerLost,
     WorkerReady,
     Written,
 )
@@ -91,9 +92,10 @@ class Worker:
             self._train(join)
         except Exception as error:
             if not (self._world.aborted or is_peer_failure(error)):
+                log = self._paths.logs / f"worker-{self._node}.log"
+                self._channel.send(WorkerLost(self._node, f"{_in_a_line(error)}; see {log}"))
                 raise
-            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self._channel.send(Trouble(self._node, join.generation, first_line[:300]))
+            self._channel.send(Trouble(self._node, join.generation, _in_a_line(error)))
             self._park()
 
     def _park(self) -> None:
@@ -108,7 +110,7 @@ class Worker:
         start = time.monotonic()
         rung = self._prepare_engine(join)
         ready = time.monotonic()
-        self._world.join(join.generation, join.rank, join.store, self._store)
+        self._world.join(join.generation, join.rank, join.store)
         joined = time.monotonic()
         self._arena = self._arena or Arena.open(self._paths.arena(self._node))
         if join.step == FRESH:
@@ -210,6 +212,11 @@ class Worker:
         """Return the half that does not hold the newest safe step; or, while none is known, what was restored."""
         keep = arena.safe_step if arena.safe_step >= 0 else self._last_snapshot
         return 1 if arena.record(OWN, 0).step == keep else 0
+
+
+def _in_a_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__
 
 
 def main() -> None:

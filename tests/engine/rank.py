@@ -7,7 +7,6 @@ end of a socket; each rank has its own, on which calls and answers are JSON pack
 import dataclasses
 import faulthandler
 import gc
-import inspect
 import json
 import os
 import queue
@@ -117,8 +116,7 @@ class Rank:
         self._built = builder.build(self._entry, self._run, rank)
 
     def join(self, generation: int, rank: int, store: str) -> None:
-        takes_own = "own" in inspect.signature(self._world.join).parameters
-        self._world.join(generation, rank, store, *([self._store] if takes_own else []))
+        self._world.join(generation, rank, store)
 
     def start(self, rank: int) -> None:
         """Begin at step 0."""
