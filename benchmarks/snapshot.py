@@ -1,8 +1,8 @@
 """How long training stands still for a snapshot, beside a plain copy of the same bytes into the same memory.
 
 One worker's engine (rank 0 of 4 over the fake group) is built for GPT-2 of several sizes; then a snapshot and a
-plain copy take turns, so that both see the same machine, each with cold caches, as after a training step. `python benchmarks/snapshot.py` writes
-benchmarks/results/snapshot.json.
+plain copy take turns, so that both see the same machine, each with cold caches, as after a training step.
+`python benchmarks/snapshot.py` writes benchmarks/results/snapshot.json.
 """
 
 import json

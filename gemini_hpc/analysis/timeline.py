@@ -223,7 +223,8 @@ def _note(event: Event) -> str:
             return f"{event['target']} takes rank {event['rank']}"
         case "fetched":
             size, seconds = event.get("bytes") or 0, event.get("seconds") or 0
-            return f"rank {event['rank']}, {size / 1e6:.1f} MB from {event['source'] or event.get('tier', '')} in {seconds * 1e3:.0f} ms"
+            source = event["source"] or event.get("tier", "")
+            return f"rank {event['rank']}, {size / 1e6:.1f} MB from {source} in {seconds * 1e3:.0f} ms"
         case "resumed":
             return "last rank in the new group"
         case "first_step":

@@ -9,6 +9,7 @@ import json
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -20,6 +21,7 @@ INDEX_BYTES = 64 << 10
 """Room for the index: a few hundred tensors and the small state."""
 
 _LENGTH = struct.Struct("<Q")
+_SPACES = memoryview(b" " * (INDEX_BYTES - _LENGTH.size))
 _ALIGN = 64
 _ITEM_BYTES = {"float32": 4, "float64": 8, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1}
 
@@ -48,13 +50,15 @@ class SnapshotIndex:
 
     def write(self, payload: memoryview) -> None:
         """Write the index into the head of `payload`. Raises GeminiError when it is larger than INDEX_BYTES."""
-        # not dataclasses.asdict: its deep copies would cost more than the rest, and training stands still here
-        fields = {**vars(self), "tensors": [vars(tensor) for tensor in self.tensors]}
-        text = json.dumps({"format": 1, **fields}, separators=(",", ":")).encode()
-        room = INDEX_BYTES - _LENGTH.size
-        if len(text) > room:
-            raise GeminiError(f"the snapshot index needs {len(text)} bytes, {room} are reserved")
-        payload[:INDEX_BYTES] = _LENGTH.pack(len(text)) + text.ljust(room)
+        # training stands still here: no deep copies by dataclasses.asdict, and the table, always the same, only once
+        fields = {name: value for name, value in vars(self).items() if name != "tensors"}
+        head = json.dumps({"format": 1, **fields}, separators=(",", ":"))
+        text = f'{head[:-1]},"tensors":{_table(self.tensors)}}}'.encode()
+        if len(text) > len(_SPACES):
+            raise GeminiError(f"the snapshot index needs {len(text)} bytes, {len(_SPACES)} are reserved")
+        end = _LENGTH.size + len(text)
+        payload[:end] = _LENGTH.pack(len(text)) + text
+        payload[end:INDEX_BYTES] = _SPACES[len(text) :]
 
     @classmethod
     def read(cls, payload: memoryview) -> "SnapshotIndex":
@@ -83,6 +87,11 @@ class SnapshotIndex:
         except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise GeminiError(f"not a snapshot: {error}") from error
         return index
+
+
+@lru_cache(maxsize=8)
+def _table(tensors: tuple[TensorSpec, ...]) -> str:
+    return json.dumps([vars(tensor) for tensor in tensors], separators=(",", ":"))
 
 
 def layout(shapes: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[tuple[TensorSpec, ...], int]:

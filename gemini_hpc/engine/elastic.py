@@ -23,6 +23,8 @@ from gemini_hpc.errors import UserError
 BACKEND = "elastic"
 
 _SHUT_AGAIN_S = 0.005
+_REACH_S = 2.0
+"""To connect to a store that listens. When an abort shuts the connection, TCPStore tries again for this long."""
 
 _DELEGATED = [
     "allreduce",
@@ -212,7 +214,9 @@ class ElasticWorld:
             socket.create_connection((host, int(port)), self._timeout.total_seconds()).close()
         except OSError as error:
             raise dist.DistNetworkError(f"the store of rank 0 at {address} cannot be reached: {error}") from error
-        return dist.TCPStore(host, int(port), None, False, self._timeout)
+        store = dist.TCPStore(host, int(port), None, False, datetime.timedelta(seconds=_REACH_S))
+        store.set_timeout(self._timeout)
+        return store
 
     def _gloo_group(self, store: "dist.Store", rank: int) -> ProcessGroup:
         options = ProcessGroupGloo._Options()
