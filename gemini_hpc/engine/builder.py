@@ -39,12 +39,9 @@ class Built:
 
 
 def load_entry(name: str) -> Entry:
-    """Find "package.module:function" or "path/to/file.py:function"; UserError when there is none."""
+    """Find "package.module:function", in the current folder too; UserError when there is none."""
     module_name, _, function = name.partition(":")
     try:
-        if module_name.endswith(".py"):
-            sys.path.insert(0, os.path.dirname(os.path.abspath(module_name)))
-            module_name = os.path.basename(module_name)[:-3]
         entry = getattr(importlib.import_module(module_name), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"train.entry {name!r} cannot be loaded ({error}); give module:function") from error

@@ -1,7 +1,6 @@
 """Slurm, by way of submitit: the job script, submission, and the variables that Slurm sets."""
 
-from gemini_hpc.slurm.environment import SlurmEnvironment, read_environment
 from gemini_hpc.slurm.script import job_script
 from gemini_hpc.slurm.submission import Job, submit_job
 
-__all__ = ["Job", "SlurmEnvironment", "job_script", "read_environment", "submit_job"]
+__all__ = ["Job", "job_script", "submit_job"]
