@@ -1,4 +1,4 @@
-"""Slurm, by way of submitit: the job script, submission, and the variables that Slurm sets."""
+"""Slurm, by way of submitit: the job script, and submission."""
 
 from gemini_hpc.slurm.script import job_script
 from gemini_hpc.slurm.submission import Job, submit_job
