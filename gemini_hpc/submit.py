@@ -195,7 +195,10 @@ def _submit(run_dir: Path, config: RunConfig, needs: capacity.Needs | None, wait
     )
     if needs:
         print(f"memory   {needs.snapshot_bytes / 1e6:.1f} MB a snapshot, {needs.arena_bytes / 1e6:.1f} MB a node")
-    signal.signal(signal.SIGTERM, _interrupt)
+    told_to_end: list[int] = []
+    if wait:  # noted rather than raised: whatever comes when, and however often, the job is cancelled once, in order
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda told, _frame: told_to_end.append(told))
     job = submit_job(config, run_dir)
     print(f"job      {job.id}")
     print(f"watch    python -m gemini_hpc.status {shown}")
@@ -203,22 +206,15 @@ def _submit(run_dir: Path, config: RunConfig, needs: capacity.Needs | None, wait
         print(f"resume   python -m gemini_hpc.submit --resume {shown}")
         return 0
     progress = Progress(RunPaths(run_dir.resolve(), Path(config.site.shm_dir)), sys.stdout)
-    try:
-        while not job.done():
-            progress.show()
-            time.sleep(0.1)
-    except KeyboardInterrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
+    while not job.done() and not told_to_end:
+        progress.show()
+        time.sleep(0.1)
+    if told_to_end:
         print("\nstopping ...", flush=True)
         job.cancel(CANCEL_GRACE_S)
         print(f"stopped; go on with: python -m gemini_hpc.submit --resume {shown}")
         return 130
     return progress.conclude(job.log)
-
-
-def _interrupt(_number: int, _frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -16,15 +16,15 @@ from gemini_hpc.telemetry import read_events
 POLL_S = 0.25
 
 
-def verify(paths: RunPaths, run: RunConfig, check_alive: Callable[[], None]) -> compare.Comparison:
+def verify(paths: RunPaths, run: RunConfig, check_wanted: Callable[[], None]) -> compare.Comparison:
     """Train the reference and compare every loss of the run with it. Raises GeminiError when it cannot be trained.
 
-    `check_alive` is called often; what it raises ends the reference.
+    `check_wanted` is called often; what it raises ends the reference.
     """
     ranks = reference.start(paths, run.cluster.nodes)
     try:
         while ranks:
-            check_alive()
+            check_wanted()
             for child in [rank for rank in ranks if wait_exit(rank.pidfd, 0.0)]:
                 ranks.remove(child)
                 ended = child.reap()

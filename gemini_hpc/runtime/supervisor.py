@@ -64,7 +64,7 @@ class Supervisor:
             self._start_agent(node)
         while True:
             self._poller.poll(POLL_MS)
-            check_attached()
+            check_wanted()
             while (received := self._server.receive()) is not None:
                 message = received[1]
                 if isinstance(message, Finish):
@@ -196,7 +196,7 @@ def _close(paths: RunPaths, run: RunConfig, reason: str) -> tuple[str, str]:
     clear(paths.shm_dir, paths.run_id)
     outcome = "finished"
     if run.verify:
-        comparison = verify(paths, run, check_attached)
+        comparison = verify(paths, run, check_wanted)
         update_status(paths, verdict=str(comparison))
         if not comparison.identical:
             outcome, reason = "failed", str(comparison)
@@ -208,11 +208,15 @@ def _close(paths: RunPaths, run: RunConfig, reason: str) -> tuple[str, str]:
 
 
 _STARTED_BY = os.getppid()
+_told_to_end: list[int] = []
+"""The signals that came. Noted rather than raised: an exception out of a signal handler may vanish anywhere."""
 
 
-def check_attached() -> None:
-    """Raise Interrupted when nobody is left for whom this run runs: its job, or the `submit` that waits for it."""
+def check_wanted() -> None:
+    """Raise Interrupted when the run was told to end, or nobody is left for whom it runs. Called by every loop."""
     pid = os.environ.get(ATTACHED)
+    if _told_to_end:
+        raise Interrupted(f"told to end by {signal.Signals(_told_to_end[0]).name}")
     if pid and not Path("/proc", pid).exists():
         raise Interrupted("the submit that waited for it is gone")
     if os.getppid() != _STARTED_BY:
@@ -220,17 +224,9 @@ def check_attached() -> None:
 
 
 def main() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):  # by a person, by Slurm, before the time limit
+        signal.signal(number, lambda told, _frame: _told_to_end.append(told))
     paths, run = open_run(sys.argv[1])
-
-    told = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # by a person, by Slurm, before the time limit
-
-    def interrupt(number: int, _frame: object) -> None:
-        for other in told:  # once is enough: a second one must not interrupt the clearing up
-            signal.signal(other, signal.SIG_IGN)
-        raise Interrupted(f"told to end by {signal.Signals(number).name}")
-
-    for number in told:
-        signal.signal(number, interrupt)
     sys.exit(supervise(paths, run))
 
 
