@@ -1,11 +1,20 @@
 """What all command lines share: an error is one line and an exit status, the traceback only under --debug."""
 
+import argparse
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from gemini_hpc.errors import GeminiError, UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Arguments that cannot be are bad input like any other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see python -m {self.prog} --help")
 
 
 def run_command(command: Callable[[list[str]], int]) -> int:

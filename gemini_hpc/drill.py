@@ -1,10 +1,9 @@
 """`python -m gemini_hpc.drill RUN_DIR ACTION NODE`: a failure on purpose, on the real processes of a living run."""
 
-import argparse
 import signal
 import sys
 
-from gemini_hpc.cli import run_command
+from gemini_hpc.cli import Parser, run_command
 from gemini_hpc.errors import UserError
 from gemini_hpc.runtime.cluster import coordinator_of, virtual_nodes
 from gemini_hpc.runtime.faults import kill_node, signal_worker
@@ -20,7 +19,7 @@ ACTIONS = {
 
 def main(arguments: list[str]) -> int:
     described = "; ".join(f"{action}: {what}" for action, what in ACTIONS.items())
-    parser = argparse.ArgumentParser(prog="gemini_hpc.drill", description=f"Cause a real failure. {described}.")
+    parser = Parser(prog="gemini_hpc.drill", description=f"Cause a real failure. {described}.")
     parser.add_argument("run_dir", help="the directory of a living run on this machine")
     parser.add_argument("action", choices=ACTIONS)
     parser.add_argument("node", help="a node by its name, as `status` shows it")

@@ -21,7 +21,7 @@ class Progress:
     """One line that renews itself, and a line for each recovery."""
 
     def __init__(self, paths: RunPaths, out: TextIO) -> None:
-        self._paths, self._out = paths, out
+        self.paths, self._out = paths, out
         self._rewrites = out.isatty()
         self._last = 0.0
         self._state = self._shown = ""
@@ -29,7 +29,7 @@ class Progress:
 
     def show(self) -> None:
         """Renew the line, if it is time."""
-        status = read_status(self._paths)
+        status = read_status(self.paths)
         state = str(status.get("state", "starting"))
         wait_s = RENEW_S if self._rewrites else PLAIN_RENEW_S
         if state == self._state and time.monotonic() - self._last < wait_s:
@@ -44,10 +44,10 @@ class Progress:
 
     def conclude(self, log: Path) -> int:
         """Print what came of the run; return the exit status for it."""
-        status = read_status(self._paths)
+        status = read_status(self.paths)
         if self._rewrites:
             self._out.write("\r\x1b[K")
-        found = timeline.recoveries(read_events(self._paths.run_dir))
+        found = timeline.recoveries(read_events(self.paths.run_dir))
         if found:
             self._out.write("\n" + timeline.table(found) + "\n\n")
         state = status.get("state", "failed")
@@ -56,15 +56,15 @@ class Progress:
         self._out.write(f"{state:<9}{status.get('reason', '')}\n".rstrip() + "\n")
         if status.get("verdict"):
             self._out.write(f"proof    {status['verdict']}\n")
-        if self._paths.report.exists():
-            self._out.write(f"report   {self._paths.report}\n")
+        if self.paths.report.exists():
+            self._out.write(f"report   {self.paths.report}\n")
         if state != "finished":
-            self._out.write(f"logs     {self._paths.logs}; the job's own: {log}\n")
+            self._out.write(f"logs     {self.paths.logs}; the job's own: {log}\n")
         self._out.flush()
         return 0 if state == "finished" else 1
 
     def _tell_recoveries(self) -> None:
-        found = [r for r in timeline.recoveries(read_events(self._paths.run_dir)) if r.outcome == "recovered"]
+        found = [r for r in timeline.recoveries(read_events(self.paths.run_dir)) if r.outcome == "recovered"]
         for item in found[self._recovered :]:
             again = f"training again after {item.ms('first step'):,.0f} ms"
             text = f"{timeline.title(item)}: {timeline.summary(item)}, {again}"

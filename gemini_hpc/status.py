@@ -1,12 +1,11 @@
 """`python -m gemini_hpc.status RUN_DIR [--json]`: ranks, nodes, tiers, recoveries, and whatever is awaited."""
 
-import argparse
 import json
 import sys
 from typing import Any
 
 from gemini_hpc.analysis import timeline
-from gemini_hpc.cli import run_command
+from gemini_hpc.cli import Parser, run_command
 from gemini_hpc.runtime.paths import open_run
 from gemini_hpc.runtime.processes import is_held
 from gemini_hpc.runtime.status_file import read_status
@@ -14,7 +13,7 @@ from gemini_hpc.telemetry import read_events
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="gemini_hpc.status", description="Show the state of a run.")
+    parser = Parser(prog="gemini_hpc.status", description="Show the state of a run.")
     parser.add_argument("run_dir", help="a run directory, as printed by submit")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     options = parser.parse_args(arguments)

@@ -14,7 +14,7 @@ from itertools import count
 from pathlib import Path
 
 from gemini_hpc import __version__
-from gemini_hpc.cli import run_command
+from gemini_hpc.cli import Parser, run_command
 from gemini_hpc.config import CONFIG_FILE, RunConfig, capacity, dump, load_run, read_run
 from gemini_hpc.data import check_source
 from gemini_hpc.errors import UserError
@@ -25,6 +25,7 @@ from gemini_hpc.runtime.children import ATTACHED
 from gemini_hpc.runtime.fingerprint import fingerprint
 from gemini_hpc.runtime.paths import RunPaths
 from gemini_hpc.runtime.processes import is_held
+from gemini_hpc.runtime.status_file import read_status
 from gemini_hpc.slurm.script import job_script
 
 CANCEL_GRACE_S = 15.0
@@ -35,7 +36,7 @@ PACKAGES = ("torch", "deepspeed", "mpi4py", "mpich", "h5py", "submitit", "plotly
 
 def main(arguments: list[str]) -> int:
     options = _parse(arguments)
-    if options.resume:
+    if options.resume is not None:
         run_dir, config = _resume(Path(options.resume), options)
     else:
         config = load_run(options.config, options.overrides, options.nodes, options.spares, options.site)
@@ -48,9 +49,9 @@ def main(arguments: list[str]) -> int:
         print(run_dir.resolve())
         return 0
     needs, corpus = _check(config)
-    if options.resume:
+    if options.resume is not None:
         _check_corpus(run_dir, corpus)
-    if not options.resume:
+    if options.resume is None:
         run_dir = _claim(run_dir)
     _fill_directory(run_dir, config, script, corpus)
     if options.prepare:
@@ -60,7 +61,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gemini_hpc.submit",
         description="Train with DeepSpeed ZeRO-3 through the loss of nodes. Without arguments: the main job.",
     )
@@ -72,7 +73,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--resume", metavar="RUN_DIR", help="go on from the newest checkpoint of a run")
     parser.add_argument("--wait", action=argparse.BooleanOptionalAction, help="watch until the end (local: default)")
     parser.add_argument("--prepare", metavar="NAME", help=argparse.SUPPRESS)  # called by the job script
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     files = [setting for setting in options.settings if "=" not in setting]
     if len(files) > 1:
         raise UserError(f"one configuration file at most, not {', '.join(files)}; overrides have the form key=value")
@@ -111,7 +112,10 @@ def _check(config: RunConfig) -> tuple[capacity.Needs | None, str]:
 
 def _check_corpus(run_dir: Path, corpus: str) -> None:
     """The losses of a resumed run mean something only if it goes on with the same text."""
-    before = json.loads((run_dir / ENVIRONMENT_FILE).read_text()).get("corpus", "")
+    try:
+        before = json.loads((run_dir / ENVIRONMENT_FILE).read_text())["corpus"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run_dir / ENVIRONMENT_FILE} cannot be read; start a new run") from error
     if before != corpus:
         raise UserError(
             f"the text that {run_dir} trains on has changed since it began; bring it back, or start a new run"
@@ -127,7 +131,10 @@ def _resume(run_dir: Path, options: argparse.Namespace) -> tuple[Path, RunConfig
         raise UserError(
             f"{run_dir} is being run already (site {site}); watch it: python -m gemini_hpc.status {run_dir}"
         )
-    newest = manifest.newest(run_dir)
+    try:
+        newest = manifest.newest(run_dir)
+    except manifest.PersistError as error:
+        raise UserError(f"{error}; make it readable, or start a new run") from error
     if newest and newest.fingerprint != fingerprint(config):
         raise UserError(
             f"{run_dir} was trained with other settings of model, data, train or number of nodes; "
@@ -212,7 +219,10 @@ def _submit(run_dir: Path, config: RunConfig, needs: capacity.Needs | None, wait
     if told_to_end:
         print("\nstopping ...", flush=True)
         job.cancel(CANCEL_GRACE_S)
-        print(f"stopped; go on with: python -m gemini_hpc.submit --resume {shown}")
+        if read_status(progress.paths).get("state") == "finished":
+            print("stopped; the training itself was done")
+        else:
+            print(f"stopped; go on with: python -m gemini_hpc.submit --resume {shown}")
         return 130
     return progress.conclude(job.log)
 

@@ -26,7 +26,7 @@
 #SBATCH --output=slurm-%j.out
 # Slurm may start the job again, on other nodes too: it goes on from its newest checkpoint.
 #SBATCH --requeue
-# So many seconds before the time limit the supervisor is told, and saves the newest step.
+# So many seconds before the time limit the supervisor is told, and ends the run in order.
 #SBATCH --signal=B:USR2@120
 # Time limit in minutes.
 #SBATCH --time=120

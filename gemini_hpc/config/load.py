@@ -26,7 +26,7 @@ def load_run(
     file's own counts (a name, or the settings themselves), else "auto". Raises UserError.
     """
     raw = read_yaml(Path(config_path)) if config_path is not None else {}
-    wanted = site or raw.get("site") or AUTO
+    wanted = site if site is not None else raw.get("site") or AUTO
     if isinstance(wanted, str):
         raw["site"] = resolve_site(wanted).model_dump(mode="json")
     counts = {"nodes": nodes, "spares": spares}
@@ -40,7 +40,11 @@ def load_run(
 def read_run(run_dir: str | Path) -> RunConfig:
     """Return the configuration of an existing run directory. Raises UserError when it is not one."""
     path = Path(run_dir) / CONFIG_FILE
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError as error:
+        raise UserError(f"{run_dir} cannot be read ({error.strerror}): make it readable, or name another") from error
+    if not found:
         raise UserError(f"{run_dir} is not a run directory (it has no {CONFIG_FILE}): name one that `submit` printed")
     return validate(RunConfig, read_yaml(path), str(path))
 

@@ -63,9 +63,9 @@ class DataConfig(Section):
 class ClusterConfig(Section):
     """The machines, one worker each."""
 
-    nodes: int = Field(4, ge=1)
+    nodes: int = Field(4, ge=1, le=10_000)
     """nodes that train, which is the number of ranks"""
-    spares: int = Field(1, ge=0)
+    spares: int = Field(1, ge=0, le=10_000)
     """nodes that stand by"""
 
 

@@ -69,11 +69,11 @@ def _form(turn: Turn) -> None:
     if cluster.generation == 0 and any(m.worker is not Worker.IDLE for m in turn.alive):
         return  # the first time, wait for all that were asked for
     if cluster.fruitless > cluster.rules.max_fruitless:
-        _save_and_stop(turn, f"{cluster.fruitless} generations in a row ended before a step was done")
+        turn.save_and_stop(f"{cluster.fruitless} generations in a row ended before a step was done")
         return
     plan = recovery.plan(cluster)
     if plan is None:
-        _save_and_stop(turn, f"no node is left for every rank (the last was lost because {cluster.last_loss})")
+        turn.save_and_stop(f"no node is left for every rank (the last was lost because {cluster.last_loss})")
         return
     generation = cluster.generation + 1
     turn.note(
@@ -102,14 +102,6 @@ def _form(turn: Turn) -> None:
         fruitless=cluster.fruitless + 1,
     )
     turn.enter(Phase.GATHERING)
-
-
-def _save_and_stop(turn: Turn, reason: str) -> None:
-    """The run cannot go on: save the newest complete step first, so that nothing is lost."""
-    newest = recovery.newest_common_step(turn.cluster.copies, turn.cluster.rules.world_size)
-    wanted = newest is not None and newest > turn.published_step()
-    turn.set(persisting=newest if wanted else FRESH, files={}, savers={}, stopping=reason)
-    turn.enter(Phase.SAVING)
 
 
 def _save(turn: Turn) -> None:

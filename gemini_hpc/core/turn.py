@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from gemini_hpc.core.messages import Abort, Command, Finish, Gone, Note, Publish, RestartWorker, Retire
+from gemini_hpc.core.recovery import newest_common_step
 from gemini_hpc.core.state import Cluster, Copy, Member, Phase, Worker, next_persist
 from gemini_hpc.core.types import FRESH
 
@@ -90,6 +91,10 @@ class Turn:
         """The node lives, its worker does not: start another there, unless it keeps failing."""
         member, rules = self.cluster.members[node], self.cluster.rules
         self.note("suspect", target=node, evidence="worker", reason=reason)
+        if member.restarts >= rules.max_restarts and (self.cluster.generation == 0 or node == rules.nodes[0]):
+            # nobody could ever start; or it coordinates, and cannot be left behind
+            self.save_and_stop(f"the worker of {node} failed {member.restarts + 1} times in a row: {reason}")
+            return
         if member.restarts >= rules.max_restarts:
             self.evict(node, f"its worker failed {member.restarts + 1} times in a row: {reason}")
             return
@@ -142,6 +147,13 @@ class Turn:
             key: {n: copy for n, copy in places.items() if n != node} for key, places in self.cluster.copies.items()
         }
         self.set(copies={key: places for key, places in kept.items() if places})
+
+    def save_and_stop(self, reason: str) -> None:
+        """The run cannot go on: save the newest complete step first, so that nothing is lost."""
+        newest = newest_common_step(self.cluster.copies, self.cluster.rules.world_size)
+        wanted = newest is not None and newest > self.published_step()
+        self.set(persisting=newest if wanted else FRESH, files={}, savers={}, stopping=reason)
+        self.enter(Phase.SAVING)
 
     def publish(self, node: str) -> None:
         """All files of the step that is being persisted are written: have its manifest written by `node`."""

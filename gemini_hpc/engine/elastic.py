@@ -24,7 +24,7 @@ BACKEND = "elastic"
 
 _SHUT_AGAIN_S = 0.005
 _REACH_S = 2.0
-"""To connect to a store that listens. When an abort shuts the connection, TCPStore tries again for this long."""
+"""To connect to a store that listens."""
 
 _DELEGATED = [
     "allreduce",
@@ -141,11 +141,13 @@ class ElasticWorld:
         """
         with self._lock:
             self._before = set(_connections())
-            self._sockets = None
+            self._sockets = {}  # an abort lets the store be reached, which is quick: shut, TCPStore would try again
             self._generation = generation
+        self._refuse_aborted()
+        store = self._reach(address)
+        with self._lock:
+            self._sockets = None
         try:
-            self._refuse_aborted()
-            store = self._reach(address)
             for index, group in enumerate(self._groups):
                 self._refuse_aborted()
                 prefix = dist.PrefixStore(f"generation-{generation}/group-{index}", store)

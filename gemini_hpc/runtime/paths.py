@@ -12,6 +12,10 @@ def run_id(run_dir: Path) -> str:
     return hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:10]
 
 
+def lock_path(run: str) -> Path:
+    return Path("/dev/shm", f"gemini-{run}.lock")
+
+
 @dataclass(frozen=True)
 class RunPaths:
     """The files of one run. `shm_dir` is the memory file system, /dev/shm."""
@@ -60,7 +64,8 @@ class RunPaths:
 
     @property
     def lock(self) -> Path:
-        return self.shm_dir / f"gemini-{self.run_id}.lock"
+        """Held while the run lives. In one place whatever the site, so that everybody on the machine finds it."""
+        return lock_path(self.run_id)
 
 
 def open_run(run_dir: str | Path) -> tuple[RunPaths, RunConfig]:

@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from gemini_hpc.runtime.paths import lock_path
+
 RUN_MARK = "GEMINI_RUN"
 NODE_MARK = "GEMINI_NODE"
 
@@ -35,6 +37,8 @@ def _environments(name: str) -> Iterator[tuple[int, str]]:
         if not entry.isdigit() or int(entry) == os.getpid():
             continue
         try:
+            if os.stat(f"/proc/{entry}").st_uid != os.getuid():
+                continue  # root could read it, but other users' runs are their own
             environment = Path("/proc", entry, "environ").read_bytes().split(b"\0")
         except OSError:
             continue  # gone meanwhile, or somebody else's
@@ -128,7 +132,7 @@ def sweep(shm_dir: Path) -> list[str]:
     found |= {value for _, value in _environments(RUN_MARK)}
     swept = []
     for run in sorted(found):
-        lock = RunLock(shm_dir / f"gemini-{run}.lock")
+        lock = RunLock(lock_path(run))
         if not lock.take():
             continue  # it lives
         clear(shm_dir, run)

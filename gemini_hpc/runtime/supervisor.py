@@ -196,10 +196,13 @@ def _close(paths: RunPaths, run: RunConfig, reason: str) -> tuple[str, str]:
     clear(paths.shm_dir, paths.run_id)
     outcome = "finished"
     if run.verify:
-        comparison = verify(paths, run, check_wanted)
-        update_status(paths, verdict=str(comparison))
-        if not comparison.identical:
-            outcome, reason = "failed", str(comparison)
+        try:
+            comparison = verify(paths, run, check_wanted)
+            update_status(paths, verdict=str(comparison))
+            if not comparison.identical:
+                outcome, reason = "failed", str(comparison)
+        except Interrupted as interruption:  # the training is done all the same
+            reason = f"{reason}; not compared with the reference: {interruption}"
     update_status(paths, state="reporting")
     from gemini_hpc.analysis.report import write_report  # pandas and plotly: only now, not while a run waits
 

@@ -46,7 +46,7 @@ NICENESS = 5
 class Worker:
     """One training process."""
 
-    def __init__(self, paths: RunPaths, run: RunConfig, node: str) -> None:
+    def __init__(self, paths: RunPaths, run: RunConfig, node: str, channel: Channel) -> None:
         self._paths, self._run, self._node = paths, run, node
         self._drills = Drills(paths, run, node)
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
@@ -55,8 +55,7 @@ class Worker:
         self._last_snapshot: int | None = None
         self._arena: Arena | None = None
         rank = int(os.environ["GEMINI_RANK"])
-        self._channel = Channel.connect(paths.socket(node))
-        self._channel.send(Hello(node, "worker", os.getpid(), 0))
+        self._channel = channel
         builder.prepare(run.train.threads)
         self._entry = builder.load_entry(run.train.entry)
         self._world = ElasticWorld(rank, run.cluster.nodes, os.environ["GEMINI_ADDRESS"], run.recovery.collective_s)
@@ -92,8 +91,6 @@ class Worker:
             self._train(join)
         except Exception as error:
             if not (self._world.aborted or is_peer_failure(error)):
-                log = self._paths.logs / f"worker-{self._node}.log"
-                self._channel.send(WorkerLost(self._node, f"{_in_a_line(error)}; see {log}"))
                 raise
             self._channel.send(Trouble(self._node, join.generation, _in_a_line(error)))
             self._park()
@@ -214,7 +211,7 @@ class Worker:
         return 1 if arena.record(OWN, 0).step == keep else 0
 
 
-def _in_a_line(error: Exception) -> str:
+def _in_a_line(error: BaseException) -> str:
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__
 
@@ -224,9 +221,12 @@ def main() -> None:
     die_with_parent(int(os.environ[PARENT]))
     os.nice(NICENESS)
     paths, run = open_run(run_dir)
+    channel = Channel.connect(paths.socket(node))
+    channel.send(Hello(node, "worker", os.getpid(), 0))
     try:
-        Worker(paths, run, node).serve()
-    except BaseException:  # noqa: BLE001  the outermost loop
+        Worker(paths, run, node, channel).serve()
+    except BaseException as error:  # noqa: BLE001  the outermost loop
+        channel.send(WorkerLost(node, f"{_in_a_line(error)}; see {paths.logs}/worker-{node}.log"))
         traceback.print_exc()
         os._exit(1)  # no interpreter shutdown: threads of gloo may hang in it
 

@@ -27,7 +27,7 @@ _WHY = {
     "output": "The supervisor's log, where sbatch was called; all else is in the run directory.",
     "partition": "Where the job may run.",
     "requeue": "Slurm may start the job again, on other nodes too: it goes on from its newest checkpoint.",
-    "signal": "So many seconds before the time limit the supervisor is told, and saves the newest step.",
+    "signal": "So many seconds before the time limit the supervisor is told, and ends the run in order.",
     "time": "Time limit in minutes.",
 }
 """Why each option is there."""
