@@ -1,7 +1,8 @@
 """How long training stands still for a snapshot, beside a plain copy of the same bytes into the same memory.
 
-One worker's engine (rank 0 of 4 over the fake group) is built for GPT-2 of several sizes; then a snapshot and a
-plain copy take turns, so that both see the same machine, each with cold caches, as after a training step.
+One worker's engine (rank 0 of 4 over the fake group) is built for GPT-2 of several sizes, in the environment of a
+worker; then a snapshot and a plain copy (one memmove of as many bytes) take turns, so that both see the same machine,
+each after other memory was written, as after a training step. Who goes first alternates.
 `python benchmarks/snapshot.py` writes benchmarks/results/snapshot.json.
 """
 
@@ -12,17 +13,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
-from gemini_hpc.arena import OWN, Arena, Geometry, Record, State
+from gemini_hpc.arena import COPY_TUNING, OWN, Arena, Geometry, Record, State
 from gemini_hpc.config import load_run
 
 WORLD_SIZE = 4
-SIZES = ((192, 4), (768, 12), (1536, 12))  # hidden, layers; the first is the preset `small`
-CACHE_BYTES = 64 << 20
+SIZES = ((192, 4), (320, 4), (768, 12), (1536, 12))  # hidden, layers; the first is the preset `small`
+CACHE_BYTES = 64 << 20  # many times the second-level cache; the third level is shared with other machines
 RUNS = 3
 PAIRS = 15
 
@@ -44,20 +46,24 @@ def measure(hidden: int, layers: int) -> dict[str, float]:
         arena = Arena.create(Path(folder, "arena"), Geometry(1, built.shard.nbytes), "benchmark")
         others = np.zeros(CACHE_BYTES, np.uint8)
         source = np.random.default_rng(0).integers(0, 255, built.shard.nbytes, np.uint8)
-        snapshots, copies = [], []
-        for turn in range(PAIRS + 2):
-            half = turn % 2
-            others += 1
-            start = time.perf_counter()
+
+        def snapshot(turn: int, half: int) -> None:
             arena.write_record(OWN, half, Record(State.WRITING, 0, turn, 1))
             built.shard.capture(arena.payload(OWN, half), turn)
             arena.write_record(OWN, half, Record(State.WRITTEN, 0, turn, 1, built.shard.nbytes))
-            snapshots.append(time.perf_counter() - start)
-            others += 1
-            place = np.frombuffer(arena.payload(OWN, half), np.uint8)
-            start = time.perf_counter()
-            np.copyto(place, source)
-            copies.append(time.perf_counter() - start)
+
+        def copy(_turn: int, half: int) -> None:
+            np.copyto(np.frombuffer(arena.payload(OWN, half), np.uint8), source)
+
+        seconds: dict[Callable[[int, int], None], list[float]] = {snapshot: [], copy: []}
+        for turn in range(PAIRS + 2):
+            order = (snapshot, copy) if turn % 2 else (copy, snapshot)
+            for half, action in enumerate(order):
+                others += 1
+                start = time.perf_counter()
+                action(turn, half)
+                seconds[action].append(time.perf_counter() - start)
+    snapshots, copies = seconds[snapshot], seconds[copy]
     snapshot_s, copy_s = statistics.median(snapshots[2:]), statistics.median(copies[2:])
     return {
         "bytes": built.shard.nbytes,
@@ -90,9 +96,8 @@ def main() -> None:
 
 
 def _in_a_process(hidden: int, layers: int) -> dict[str, float]:
-    done = subprocess.run(
-        [sys.executable, __file__, str(hidden), str(layers)], capture_output=True, text=True, timeout=600
-    )
+    command = [sys.executable, __file__, str(hidden), str(layers)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, **COPY_TUNING})
     if done.returncode:
         sys.exit(done.stderr[-2000:])
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

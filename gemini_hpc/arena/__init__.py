@@ -1,9 +1,10 @@
 """A node's shared-memory file: where its own snapshots and its partners' replicas live."""
 
 from gemini_hpc.arena.arena import OWN, Arena, ArenaError, Geometry, Record, State
-from gemini_hpc.arena.snapshot import INDEX_BYTES, SnapshotIndex, TensorSpec, checksum, layout
+from gemini_hpc.arena.snapshot import COPY_TUNING, INDEX_BYTES, SnapshotIndex, TensorSpec, checksum, layout
 
 __all__ = [
+    "COPY_TUNING",
     "INDEX_BYTES",
     "OWN",
     "Arena",

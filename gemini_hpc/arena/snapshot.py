@@ -20,8 +20,13 @@ from gemini_hpc.errors import GeminiError
 INDEX_BYTES = 64 << 10
 """Room for the index: a few hundred tensors and the small state."""
 
+COPY_TUNING = {"GLIBC_TUNABLES": "glibc.cpu.x86_non_temporal_threshold=0x100000"}
+"""Environment of a process that copies snapshots: from 1 MiB on, memmove writes past the caches. By default glibc does
+so only from three quarters of the last-level cache on, and is 1.6 times slower below that (benchmarks/snapshot.py)."""
+
 _LENGTH = struct.Struct("<Q")
 _SPACES = memoryview(b" " * (INDEX_BYTES - _LENGTH.size))
+_ENCODER = json.JSONEncoder(separators=(",", ":"))  # json.dumps would make a new one for every call
 _ALIGN = 64
 _ITEM_BYTES = {"float32": 4, "float64": 8, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1}
 
@@ -52,7 +57,7 @@ class SnapshotIndex:
         """Write the index into the head of `payload`. Raises GeminiError when it is larger than INDEX_BYTES."""
         # training stands still here: no deep copies by dataclasses.asdict, and the table, always the same, only once
         fields = {name: value for name, value in vars(self).items() if name != "tensors"}
-        head = json.dumps({"format": 1, **fields}, separators=(",", ":"))
+        head = _ENCODER.encode({"format": 1, **fields})
         text = f'{head[:-1]},"tensors":{_table(self.tensors)}}}'.encode()
         if len(text) > len(_SPACES):
             raise GeminiError(f"the snapshot index needs {len(text)} bytes, {len(_SPACES)} are reserved")
@@ -91,7 +96,7 @@ class SnapshotIndex:
 
 @lru_cache(maxsize=8)
 def _table(tensors: tuple[TensorSpec, ...]) -> str:
-    return json.dumps([vars(tensor) for tensor in tensors], separators=(",", ":"))
+    return _ENCODER.encode([vars(tensor) for tensor in tensors])
 
 
 def layout(shapes: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[tuple[TensorSpec, ...], int]:

@@ -12,7 +12,7 @@ import time
 
 import zmq
 
-from gemini_hpc.arena import OWN, Arena, ArenaError, Geometry, State
+from gemini_hpc.arena import COPY_TUNING, OWN, Arena, ArenaError, Geometry, State
 from gemini_hpc.config import RunConfig
 from gemini_hpc.core.messages import (
     Abort,
@@ -210,6 +210,7 @@ class Agent:
             GEMINI_RANK=str(self._built_rank),
             GEMINI_ADDRESS=self._address,
             GEMINI_RESTARTED=str(int(self._worker_starts > 1)),
+            **({} if "GLIBC_TUNABLES" in os.environ else COPY_TUNING),
         )
 
     def _restart_archiver(self, reason: str) -> None:
