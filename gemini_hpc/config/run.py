@@ -56,8 +56,8 @@ class DataConfig(Section):
 
     source: Literal["text", "wikipedia", "synthetic"] = "text"
     """kind of data"""
-    path: str | None = None
-    """file or folder; null: text from the Python standard library's sources, Wikipedia from the network"""
+    path: str | tuple[str, ...] | None = None
+    """files or folders; null: text from the Python standard library's sources, Wikipedia from the network"""
 
 
 class ClusterConfig(Section):

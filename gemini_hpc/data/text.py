@@ -3,7 +3,7 @@
 import os
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -16,7 +16,7 @@ SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests"})
 _HEAD_BYTES = 8192
 
 
-def text_corpus(path: str | list[str] | None) -> Corpus:
+def text_corpus(path: str | Sequence[str] | None) -> Corpus:
     """Read a text file, a directory's text files, or a list of both; None: the standard library's sources.
 
     Files are taken in the order of their names, a directory's hidden and binary ones left out, and the whole
@@ -52,7 +52,7 @@ def _standard_library() -> Iterator[bytes]:
             yield _read(file) or b""
 
 
-def _named(names: list[str]) -> Iterator[bytes]:
+def _named(names: Sequence[str]) -> Iterator[bytes]:
     for name in names:
         place = os.path.expanduser(name)
         if os.path.isdir(place):

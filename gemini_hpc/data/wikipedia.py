@@ -6,7 +6,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ PREPARE_S = 1800
 _ALTERNATIVES = "name a local copy in data.path, or take data.source=text or data.source=synthetic"
 
 
-def wikipedia_corpus(path: str | list[str] | None) -> Corpus:
+def wikipedia_corpus(path: str | Sequence[str] | None) -> Corpus:
     """Read articles, as many as a corpus holds, with an empty line between them.
 
     `path`: a dataset written by `save_to_disk`, or Parquet or JSON-lines files (or a directory of them) with
@@ -40,7 +40,7 @@ def wikipedia_corpus(path: str | list[str] | None) -> Corpus:
     return text_corpus(str(cached))
 
 
-def prepare(path: str | list[str] | None, seq_len: int) -> str:
+def prepare(path: str | Sequence[str] | None, seq_len: int) -> str:
     """Read the corpus in a child process, fetch it where it is not here yet; return its fingerprint.
 
     Raises UserError for a text too short, with the child's reason, or when it takes longer than PREPARE_S.

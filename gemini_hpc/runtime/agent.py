@@ -46,7 +46,7 @@ from gemini_hpc.core.messages import (
 )
 from gemini_hpc.core.types import FRESH
 from gemini_hpc.runtime.children import PARENT
-from gemini_hpc.runtime.cluster import CLUSTER, NODES, address_of, coordinator_of
+from gemini_hpc.runtime.cluster import CLUSTER, GROUP_ADDRESS, NODES, address_of, coordinator_of
 from gemini_hpc.runtime.coordinator import Coordinator
 from gemini_hpc.runtime.household import Household, LineEnded, ProcessEnded
 from gemini_hpc.runtime.paths import RunPaths, open_run
@@ -77,11 +77,10 @@ class Agent:
 
     def __init__(self, paths: RunPaths, run: RunConfig, node: str, nodes: tuple[str, ...]) -> None:
         self._paths, self._run, self._node = paths, run, node
-        self._address = address_of(node, nodes)
         self._built_rank = min(nodes.index(node), run.cluster.nodes - 1)
         self._events = EventThread(EventLog(paths.run_dir, node))
         self._wire = Wire(paths.keys)
-        self._server = self._wire.listen(self._address)
+        self._server = self._wire.listen(address_of(node, nodes))
         self._cluster = self._wire.call(os.environ[CLUSTER], node)
         self._poller = zmq.Poller()
         self._household = Household(paths, node, self._poller)
@@ -208,7 +207,7 @@ class Agent:
             "worker",
             "gemini_hpc.runtime.worker",
             GEMINI_RANK=str(self._built_rank),
-            GEMINI_ADDRESS=self._address,
+            GEMINI_ADDRESS=GROUP_ADDRESS,
             GEMINI_RESTARTED=str(int(self._worker_starts > 1)),
             **({} if "GLIBC_TUNABLES" in os.environ else COPY_TUNING),
         )

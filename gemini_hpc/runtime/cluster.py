@@ -9,6 +9,11 @@ NODES = "GEMINI_NODES"
 """Environment variable: the names of all nodes of the run, comma-separated, in order of preference."""
 
 
+GROUP_ADDRESS = "127.0.0.1"
+"""Where the workers of virtual nodes meet. Not at their nodes' addresses: c10d looks up the name of every peer it
+connects to, and a resolver that does not know 127.0.0.2 may take seconds to say so, in the middle of a recovery."""
+
+
 def virtual_nodes(run: RunConfig) -> tuple[str, ...]:
     """Name the virtual nodes of the embedded cluster, the spares last."""
     return tuple(f"node{i}" for i in range(run.cluster.nodes + run.cluster.spares))

@@ -27,13 +27,13 @@ def test_the_defaults_are_the_main_job() -> None:
     assert (run.train.steps, run.verify, run.site.kind) == (120, True, "local")
 
 
-@pytest.mark.parametrize("site", ["local", "generic_slurm", "ibex"])
-def test_what_is_written_loads_back_as_an_equal_object(tmp_path: Path, site: str) -> None:
+@pytest.mark.parametrize(("site", "path"), [("local", "/a b/ü"), ("generic_slurm", "[/a b, ü]"), ("ibex", "null")])
+def test_what_is_written_loads_back_as_an_equal_object(tmp_path: Path, site: str, path: str) -> None:
     run = load_run(
         overrides=[
             "model.lr=3e-5",
             "name=a.b-c",
-            "data.path=/a b/ü",
+            f"data.path={path}",
             "train.deepspeed.x.y=5e8",
             "drills.0.step=7",
         ],
