@@ -5,7 +5,7 @@ import sys
 
 from gemini_hpc.cli import Parser, run_command
 from gemini_hpc.errors import UserError
-from gemini_hpc.runtime.cluster import coordinator_of, virtual_nodes
+from gemini_hpc.runtime.cluster import virtual_nodes
 from gemini_hpc.runtime.faults import kill_node, signal_worker
 from gemini_hpc.runtime.paths import open_run
 from gemini_hpc.runtime.processes import is_held
@@ -31,11 +31,6 @@ def main(arguments: list[str]) -> int:
     if not is_held(paths.lock):
         raise UserError(f"{options.run_dir} is not running on this machine; start a run with submit")
     if options.action == "kill-node":
-        if options.node == coordinator_of(nodes):
-            raise UserError(
-                f"{options.node} coordinates, and nobody takes that over yet: the run would end; "
-                f"choose one of {', '.join(nodes[1:])}"
-            )
         kill_node(paths, options.node)
     elif options.action == "kill-worker":
         signal_worker(paths, options.node, "kill_worker", signal.SIGKILL)

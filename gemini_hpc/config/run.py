@@ -67,6 +67,8 @@ class ClusterConfig(Section):
     """nodes that train, which is the number of ranks"""
     spares: int = Field(1, ge=0, le=10_000)
     """nodes that stand by"""
+    return_s: float | None = Field(None, ge=0)
+    """on the embedded cluster: a lost node comes back, empty, after this many seconds; null: it does not"""
 
 
 class ProtectConfig(Section):
@@ -197,11 +199,6 @@ def _contradictions(run: RunConfig) -> Iterator[str]:
             yield (
                 f"{key}.rank is {drill.rank} but the ranks are 0 to {nodes - 1}:"
                 f" set {key}.rank={nodes - 1}, or drills=[] for a run without drills"
-            )
-        if drill.action == "kill_node" and drill.rank == 0:
-            yield (
-                f"{key} kills the node of rank 0, which coordinates, and nobody takes that over yet:"
-                f" set {key}.rank={min(2, nodes - 1)}, or {key}.action=kill_worker"
             )
         if drill.action == "kill_node" and spares == 0:
             yield (

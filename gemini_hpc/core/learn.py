@@ -5,26 +5,31 @@ from dataclasses import replace
 from typing import Any
 
 from gemini_hpc.core.messages import (
+    Abort,
     Copied,
     Disconnected,
     Event,
     HostLost,
     HostReady,
+    Inventory,
     NodeExited,
+    NodeUp,
     Parked,
     Persisted,
     Published,
     Resumed,
     Sealed,
     Stepped,
+    Surveyed,
     Tick,
     Trouble,
     WorkerLost,
     WorkerReady,
     WorldFailed,
 )
-from gemini_hpc.core.state import Checkpoint, Copy, Member, Phase, Worker
+from gemini_hpc.core.state import Checkpoint, Copy, Member, Phase, Worker, World, next_persist
 from gemini_hpc.core.turn import Turn
+from gemini_hpc.core.types import FRESH
 
 STALL_SHARE = 0.5
 """If we ourselves slept for more than this share of the heartbeat timeout, silence proves nothing."""
@@ -43,6 +48,12 @@ def learn(turn: Turn, event: Event) -> None:
         return
     if isinstance(event, WorldFailed):
         turn.world_lost(event.world, event.reason)
+        return
+    if isinstance(event, Surveyed):
+        _on_surveyed(turn, event)
+        return
+    if isinstance(event, NodeUp) and event.node in turn.cluster.members:
+        turn.welcome(event.node)
         return
     member = turn.cluster.members.get(event.node)
     if member is None or not member.alive:
@@ -80,10 +91,43 @@ def _tick(turn: Turn) -> None:
         since = min(member.evidence.values(), default=turn.now)
         if turn.now - since > rules.suspect_s:
             turn.evict(member.node, f"{' and '.join(sorted(member.evidence))}, not heard of again")
-        elif member.heard < 0 and turn.now - member.worker_since > rules.build_s:
-            turn.evict(member.node, f"never came within {rules.build_s:.0f} s")
+        elif member.held is None and turn.now > member.due:
+            turn.evict(member.node, "it did not report in time")
         elif member.worker is Worker.BUILDING and turn.now - member.worker_since > rules.build_s:
             turn.lose_worker(member.node, f"not ready after {rules.build_s:.0f} s")
+
+
+def _on_inventory(turn: Turn, event: Inventory) -> None:
+    """What a node has, told to a new coordinator; put together once all have reported (`reconcile`)."""
+    if turn.cluster.members[event.node].held is not None:
+        return
+    lost = event.worker == "lost"
+    turn.set_worker(
+        event.node,
+        Worker.BUILDING if lost else Worker(event.worker),
+        held=event.held,
+        joined=event.generation,
+        rank=event.rank,
+        built_rank=event.built_rank,
+        store=event.store,
+        snapshot_bytes=event.snapshot_bytes,
+        host_world=event.world if event.host else 0,
+    )
+    world = turn.cluster.world
+    if event.world > world.number:
+        turn.set(world=World(event.world, event.members, "ready", turn.now))
+    if lost:
+        turn.lose_worker(event.node, event.reason)
+    elif event.worker == Worker.BUSY:
+        turn.order(Abort(event.node, event.generation))
+
+
+def _on_surveyed(turn: Turn, event: Surveyed) -> None:
+    if turn.cluster.surveyed:
+        return
+    files = {int(rank): (name, nbytes, checksum) for rank, (name, nbytes, checksum) in event.files.items()}
+    found = Checkpoint(event.step, files) if event.step > FRESH else None
+    turn.set(surveyed=True, published=found, next_persist=next_persist(turn.cluster.rules, max(event.step, 0)))
 
 
 def _on_worker_ready(turn: Turn, event: WorkerReady) -> None:
@@ -154,7 +198,8 @@ def _on_sealed(turn: Turn, event: Sealed) -> None:
     if event.generation != cluster.generation or cluster.ranks.get(event.rank) != event.node:
         return
     if cluster.phase in (Phase.JOINING, Phase.RUNNING):
-        turn.add_copy(event.rank, event.step, event.node, Copy(0, event.half, event.nbytes, event.checksum))
+        copy = Copy(0, event.half, event.nbytes, event.checksum, event.generation)
+        turn.add_copy(event.rank, event.step, event.node, copy)
 
 
 def _on_copied(turn: Turn, event: Copied) -> None:
@@ -162,7 +207,7 @@ def _on_copied(turn: Turn, event: Copied) -> None:
         _on_pulled(turn, event)
     elif event.rank in turn.cluster.loading and event.generation == turn.cluster.generation:
         turn.set(loading=turn.cluster.loading - {event.rank})
-        _take_copy(turn, event)
+        _take_copy(turn, event, 0)
         failures = turn.cluster.misses.get((event.rank, event.step, ""), 0)
         if failures > turn.cluster.rules.max_restarts:
             turn.finish("failed", f"rank {event.rank} of step {event.step} cannot be loaded: {event.reason}")
@@ -184,7 +229,7 @@ def _on_pulled(turn: Turn, event: Copied) -> None:
     turn.set(pulls={holder: other for holder, other in cluster.pulls.items() if holder != event.node})
     if pull.generation != cluster.generation and (cluster.plan is None or event.step > cluster.plan.step):
         return  # of a history that was abandoned
-    _take_copy(turn, event)
+    _take_copy(turn, event, pull.origin)
     if event.reason == "deadline":
         turn.note("host_lost", target=event.source, reason="nobody can read from it")
         turn.shun_host(event.source)
@@ -194,7 +239,7 @@ def _on_pulled(turn: Turn, event: Copied) -> None:
         turn.open_generation(f"the snapshot of rank {event.rank}, step {event.step} on {event.source} is damaged")
 
 
-def _take_copy(turn: Turn, event: Copied) -> None:
+def _take_copy(turn: Turn, event: Copied, origin: int) -> None:
     """Believe a verified copy; count a failed one, and let its reader rest a moment."""
     cluster = turn.cluster
     if not event.ok:
@@ -209,7 +254,7 @@ def _take_copy(turn: Turn, event: Copied) -> None:
     gathering = cluster.phase is Phase.GATHERING and cluster.plan is not None and cluster.plan.step == event.step
     if fetch and not (gathering and cluster.ranks.get(event.rank) == event.node):
         return
-    copy = Copy(event.area, event.half, event.nbytes, event.checksum)
+    copy = Copy(event.area, event.half, event.nbytes, event.checksum, origin)
     turn.add_copy(event.rank, event.step, event.node, copy)
     if fetch:
         turn.set(fetched=cluster.fetched | {event.rank})
@@ -226,9 +271,11 @@ def _take_copy(turn: Turn, event: Copied) -> None:
 
 def _on_host_ready(turn: Turn, event: HostReady) -> None:
     world = turn.cluster.world
-    if event.world != world.number or world.state != "starting":
+    if event.world != world.number or world.state not in ("starting", "ready"):
         return
     turn.set_member(event.node, host_world=event.world)
+    if world.state == "ready":
+        return
     members = turn.cluster.members
     if all(members[n].host_world == world.number for n in world.members if members[n].alive):
         turn.set(world=replace(world, state="ready", since=turn.now, failures=0))
@@ -282,6 +329,7 @@ _HANDLERS: dict[type[Event], Callable[[Turn, Any], None]] = {
     Stepped: _on_stepped,
     Sealed: _on_sealed,
     Copied: _on_copied,
+    Inventory: _on_inventory,
     HostReady: _on_host_ready,
     HostLost: _on_host_lost,
     Persisted: _on_persisted,

@@ -79,7 +79,47 @@ class Event(Message, abstract=True):
 
 @dataclass(frozen=True)
 class Heartbeat(Event):
-    """The agent is alive and speaks to us. Sent every heartbeat_s; any other event counts as one too."""
+    """The answer to a Lead, whose `sent` it echoes: the agent is alive and follows us. Any other event says so too."""
+
+    echo: float
+
+
+@dataclass(frozen=True)
+class Vote(Event):
+    """The answer to a RequestVote, with the term that the voter is in and the newest generation it knows of."""
+
+    term: int
+    granted: bool
+    generation: int
+
+
+@dataclass(frozen=True)
+class Deposed(Event):
+    """The answer to a Lead of an old term."""
+
+    term: int
+
+
+@dataclass(frozen=True)
+class Inventory(Event):
+    """The first word to a new leader: all that this node has. A coordinator keeps nothing that is not asked for here.
+
+    `worker`: building, idle, busy or lost; it was last told to join `generation` as `rank` (0 and -1: never).
+    `world`: the newest MPI world that it had a host in, of `members`; `host`: that one is ready.
+    `held`: the sealed snapshots as (area, half, rank, step, generation, nbytes, checksum).
+    """
+
+    worker: str
+    reason: str
+    generation: int
+    rank: int
+    built_rank: int
+    store: str
+    snapshot_bytes: int
+    world: int
+    members: tuple[str, ...]
+    host: bool
+    held: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -173,9 +213,10 @@ class Copied(Event):
 
 @dataclass(frozen=True)
 class HostReady(Event):
-    """The node's window host has its window in MPI world `world`."""
+    """The node's window host has its window in MPI world `world`; `members[i]` is the node of MPI rank i."""
 
     world: int
+    members: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -231,6 +272,14 @@ class WorldFailed(Event):
 
 
 @dataclass(frozen=True)
+class Surveyed(Event):
+    """The newest checkpoint of the persistent tier (-1: none), with its files: rank -> [name, bytes, checksum]."""
+
+    step: int
+    files: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Tick(Event):
     """Time has passed; `node` is empty."""
 
@@ -256,7 +305,7 @@ class Written(Event):
 
 @dataclass(frozen=True)
 class NodeUp(Event):
-    """To the cluster, and on to the coordinator: the agent of `node` listens at `endpoint`."""
+    """To the cluster, and on to all agents: the agent of `node` listens at `endpoint`. A lost one is back by this."""
 
     endpoint: str
 
@@ -269,6 +318,24 @@ class Command(Message, abstract=True):
     """An order to the agent of `node` (or to the cluster, where the class says so)."""
 
     node: str
+
+
+@dataclass(frozen=True)
+class RequestVote(Command):
+    """Asked by `candidate`, which would lead in `term`."""
+
+    candidate: str
+    term: int
+
+
+@dataclass(frozen=True)
+class Lead(Command):
+    """`leader` leads in `term`, and `generation` is the newest it opened. To the cluster, when it is elected, too."""
+
+    leader: str
+    term: int
+    generation: int
+    sent: float  # by the leader's clock; comes back in the answer
 
 
 @dataclass(frozen=True)
@@ -293,9 +360,13 @@ class Abort(Command):
 
 @dataclass(frozen=True)
 class Pull(Command):
-    """Read `rank`'s snapshot from MPI rank `target` into (area, half) and verify it against `checksum`."""
+    """Read `rank`'s snapshot from MPI rank `target` into (area, half) and verify it against `checksum`.
+
+    `origin` is the generation in which the snapshot was taken, `generation` that of the order.
+    """
 
     generation: int
+    origin: int
     rank: int
     step: int
     source: str

@@ -65,6 +65,14 @@ def _keep_world(turn: Turn) -> None:
 
 def _form(turn: Turn) -> None:
     """Plan the next generation as soon as there is a node for every rank."""
+    if any(m.held is None for m in turn.alive) and not turn.cluster.counted:
+        return  # a new coordinator first hears from all who live what they have
+    if not turn.cluster.surveyed:
+        if turn.in_phase_for() > turn.cluster.rules.finish_s:
+            turn.save_and_stop("the persistent tier does not say which checkpoints it has")
+        return
+    if not turn.cluster.counted:
+        turn.set(counted=True, ranks=recovery.last_ranks(turn.alive), copies=recovery.all_copies(turn.alive))
     cluster = turn.cluster
     if cluster.generation == 0 and any(m.worker is not Worker.IDLE for m in turn.alive):
         return  # the first time, wait for all that were asked for
@@ -90,7 +98,7 @@ def _form(turn: Turn) -> None:
         generation=generation,
         plan=plan,
         ranks=plan.ranks,
-        copies={key: places for key, places in cluster.copies.items() if key[1] <= plan.step},
+        copies=recovery.of_one_history(cluster.copies, plan.step, plan.origin),
         fetched=frozenset(r for r, s in plan.sources.items() if s.tier in ("fresh", "local")),
         resumed=frozenset(),
         stepped={},
@@ -196,6 +204,7 @@ def _pull(turn: Turn, want: replication.Missing) -> bool:
     pull = Pull(
         node=want.holder,
         generation=cluster.generation,
+        origin=want.copy.origin,
         rank=want.rank,
         step=want.step,
         source=want.source,

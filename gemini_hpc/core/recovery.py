@@ -1,6 +1,8 @@
 """Plan a generation: who takes which rank, from which step, and where each rank's snapshot comes from."""
 
-from gemini_hpc.core.state import Cluster, Copies, Plan, Source, Worker
+from collections.abc import Iterable, Mapping
+
+from gemini_hpc.core.state import Cluster, Copies, Copy, Member, Plan, Source, Worker
 from gemini_hpc.core.types import FRESH
 
 
@@ -9,23 +11,24 @@ def plan(cluster: Cluster) -> Plan | None:
     ranks = assign(cluster)
     if ranks is None:
         return None
-    step = newest_common_step(cluster.copies, cluster.rules.world_size)
+    step, origin = newest_complete(cluster.copies, cluster.rules.world_size)
     published = cluster.published.step if cluster.published else FRESH
-    if step is not None and step >= published:
-        sources = {rank: _memory_source(cluster.copies, rank, step, node) for rank, node in ranks.items()}
+    if step > FRESH and step >= published:
+        copies = of_one_history(cluster.copies, step, origin)
+        sources = {rank: _memory_source(copies, rank, step, node) for rank, node in ranks.items()}
         reason = f"step {step} is the newest with a verified snapshot of every rank in memory"
-        return Plan(step, ranks, sources, reason)
+        return Plan(step, origin, ranks, sources, reason)
     if published > FRESH:
         sources = {rank: Source("persistent") for rank in ranks}
-        return Plan(published, ranks, sources, f"no step is complete in memory; {published} is the newest published")
-    return Plan(FRESH, ranks, {rank: Source("fresh") for rank in ranks}, "no snapshot exists yet")
+        return Plan(published, 0, ranks, sources, f"no step is complete in memory; {published} is the newest published")
+    return Plan(FRESH, 0, ranks, {rank: Source("fresh") for rank in ranks}, "no snapshot exists yet")
 
 
 def assign(cluster: Cluster) -> dict[int, str] | None:
     """Give every rank a living node: its own where that lives, else a spare, the readiest first."""
     ranks = {rank: node for rank, node in cluster.ranks.items() if cluster.members[node].alive}
     taken = set(ranks.values())
-    spares = [m for m in cluster.members.values() if m.alive and m.heard >= 0 and m.node not in taken]
+    spares = [m for m in cluster.members.values() if m.alive and m.held is not None and m.node not in taken]
     for as_built in (True, False):  # an engine that is built as this rank already is the best choice
         for rank in range(cluster.rules.world_size):
             fits = [m for m in spares if not as_built or (m.built_rank == rank and m.worker is Worker.IDLE)]
@@ -36,13 +39,45 @@ def assign(cluster: Cluster) -> dict[int, str] | None:
     return dict(sorted(ranks.items())) if len(ranks) == cluster.rules.world_size else None
 
 
-def newest_common_step(copies: Copies, world_size: int) -> int | None:
-    """Return the newest step of which every rank has a verified copy somewhere, else None."""
-    owners: dict[int, set[int]] = {}
+def last_ranks(members: Iterable[Member]) -> dict[int, str]:
+    """Return which node had which rank last, as far as the living ones can tell."""
+    newest: dict[int, Member] = {}
+    for member in members:
+        if member.joined and (member.rank not in newest or newest[member.rank].joined < member.joined):
+            newest[member.rank] = member
+    return {rank: member.node for rank, member in sorted(newest.items())}
+
+
+def all_copies(members: Iterable[Member]) -> Copies:
+    """Return what the members reported to hold."""
+    found: dict[tuple[int, int], dict[str, Copy]] = {}
+    for member in members:
+        for area, half, rank, step, origin, nbytes, checksum in member.held or ():
+            found.setdefault((rank, step), {})[member.node] = Copy(area, half, nbytes, checksum, origin)
+    return found
+
+
+def newest_complete(copies: Copies, world_size: int) -> tuple[int, int]:
+    """Return the newest step of which every rank has a verified copy of one origin, and that; (FRESH, 0): none.
+
+    A step that was trained again after a recovery lies in some arenas from before and in others from after it.
+    """
+    owners: dict[tuple[int, int], set[int]] = {}
     for (rank, step), places in copies.items():
-        if places:
-            owners.setdefault(step, set()).add(rank)
-    return max((step for step, ranks in owners.items() if len(ranks) == world_size), default=None)
+        for copy in places.values():
+            owners.setdefault((step, copy.origin), set()).add(rank)
+    return max((key for key, ranks in owners.items() if len(ranks) == world_size), default=(FRESH, 0))
+
+
+def of_one_history(copies: Copies, step: int, origin: int) -> dict[tuple[int, int], Mapping[str, Copy]]:
+    """Leave out what is newer than `step`, and what is of `step` but of another origin."""
+    kept: dict[tuple[int, int], Mapping[str, Copy]] = {}
+    for (rank, at_step), places in copies.items():
+        if at_step == step:
+            kept[rank, at_step] = {node: copy for node, copy in places.items() if copy.origin == origin}
+        elif at_step < step:
+            kept[rank, at_step] = places
+    return {key: places for key, places in kept.items() if places}
 
 
 def _memory_source(copies: Copies, rank: int, step: int, node: str) -> Source:

@@ -1,6 +1,6 @@
 """What the coordinator knows. Frozen: `coordinator.step` returns a new one."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -21,6 +21,7 @@ class Rules:
     suspect_s: float
     leave_s: float
     build_s: float
+    takeover_s: float  # for all living nodes to report to a new coordinator
     fetch_s: float  # one read
     gather_s: float  # all reads of a recovery; then the next tier
     join_s: float
@@ -51,6 +52,8 @@ class Member:
 
     node: str
     alive: bool = True
+    due: float = 0.0  # by when it must have reported what it has
+    held: tuple[tuple[int, ...], ...] | None = None  # what it reported to lie in its arena; None = not yet
     heard: float = -1.0  # when it last spoke; -1 = never yet
     evidence: Mapping[str, float] = field(default_factory=dict)  # kind -> since when it is suspect for it
     worker: Worker = Worker.BUILDING
@@ -58,6 +61,7 @@ class Member:
     built_rank: int = -1
     store: str = ""
     joined: int = 0  # the generation that its worker was last told to join
+    rank: int = -1  # as which rank
     snapshot_bytes: int = 0  # > 0: its arena exists
     host_world: int = 0  # the MPI world in which its window host is ready
     restarts: int = 0
@@ -71,6 +75,7 @@ class Copy:
     half: int
     nbytes: int
     checksum: int
+    origin: int  # the generation that trained it; 0: from the persistent tier. Equal steps of one origin fit together
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,7 @@ class Plan:
     """Who takes which rank in a generation, and the step from which all of them go on."""
 
     step: int
+    origin: int  # of the snapshots of that step
     ranks: Mapping[int, str]
     sources: Mapping[int, Source]
     reason: str
@@ -121,6 +127,8 @@ class Cluster:
 
     rules: Rules
     members: Mapping[str, Member]
+    surveyed: bool = False  # whether the persistent tier was looked at
+    counted: bool = False  # whether what the members reported has been put together
     phase: Phase = Phase.FORMING
     phase_since: float = 0.0
     generation: int = 0
@@ -153,11 +161,14 @@ class Cluster:
     outcome: str = ""
 
 
-def new_cluster(rules: Rules, now: float, published: Checkpoint | None = None) -> Cluster:
-    """Return the state before anybody has spoken; with `published` the run resumes from that checkpoint."""
-    members = {node: Member(node, worker_since=now) for node in rules.nodes}
-    first = next_persist(rules, published.step if published else 0)
-    return Cluster(rules, members, published=published, phase_since=now, next_persist=first)
+def new_cluster(rules: Rules, now: float, generation: int = 0, absent: Iterable[str] = ()) -> Cluster:
+    """Return the state of a new coordinator, to which nobody has reported yet.
+
+    `generation`: the newest that a majority knows of; 0 = the start of a run. `absent`: nodes known to be gone.
+    """
+    due = now + (rules.takeover_s if generation else rules.build_s)
+    members = {node: Member(node, node not in absent, due, worker_since=now) for node in rules.nodes}
+    return Cluster(rules, members, phase_since=now, generation=generation)
 
 
 def next_persist(rules: Rules, step: int) -> int:

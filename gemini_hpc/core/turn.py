@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from gemini_hpc.core.messages import Abort, Command, Finish, Gone, Note, Publish, RestartWorker, Retire
-from gemini_hpc.core.recovery import newest_common_step
+from gemini_hpc.core.recovery import newest_complete, of_one_history
 from gemini_hpc.core.state import Cluster, Copy, Member, Phase, Worker, next_persist
 from gemini_hpc.core.types import FRESH
 
@@ -87,12 +87,21 @@ class Turn:
         self.set(plan=None, trouble_since=-1.0)
         self.enter(Phase.FORMING)
 
+    def welcome(self, node: str) -> None:
+        """A node that was lost is back: it has nothing, and is a spare. Its old self is not heard any more."""
+        if self.cluster.members[node].alive and self.cluster.members[node].held is not None:
+            self.evict(node, "its agent was started again")
+        if not self.cluster.members[node].alive:
+            members = dict(self.cluster.members)
+            members[node] = Member(node, due=self.now + self.cluster.rules.build_s, worker_since=self.now)
+            self.set(members=members)
+            self.note("returned", target=node)
+
     def lose_worker(self, node: str, reason: str) -> None:
         """The node lives, its worker does not: start another there, unless it keeps failing."""
         member, rules = self.cluster.members[node], self.cluster.rules
         self.note("suspect", target=node, evidence="worker", reason=reason)
-        if member.restarts >= rules.max_restarts and (self.cluster.generation == 0 or node == rules.nodes[0]):
-            # nobody could ever start; or it coordinates, and cannot be left behind
+        if member.restarts >= rules.max_restarts and self.cluster.generation == 0:  # nobody could ever start
             self.save_and_stop(f"the worker of {node} failed {member.restarts + 1} times in a row: {reason}")
             return
         if member.restarts >= rules.max_restarts:
@@ -150,8 +159,9 @@ class Turn:
 
     def save_and_stop(self, reason: str) -> None:
         """The run cannot go on: save the newest complete step first, so that nothing is lost."""
-        newest = newest_common_step(self.cluster.copies, self.cluster.rules.world_size)
-        wanted = newest is not None and newest > self.published_step()
+        newest, origin = newest_complete(self.cluster.copies, self.cluster.rules.world_size)
+        wanted = newest > self.published_step()
+        self.set(copies=of_one_history(self.cluster.copies, newest, origin))
         self.set(persisting=newest if wanted else FRESH, files={}, savers={}, stopping=reason)
         self.enter(Phase.SAVING)
 

@@ -44,6 +44,9 @@ def _node(cluster: Cluster, member: Member, now: float) -> dict[str, Any]:
 def _waiting_for(cluster: Cluster) -> list[str]:
     """Name what the cluster waits for now (I6); empty while it trains or when it is over."""
     members, plan = cluster.members, cluster.plan
+    if cluster.phase is Phase.FORMING and not cluster.counted:
+        unheard = [f"{m.node} to report what it has" for m in members.values() if m.alive and m.held is None]
+        return unheard or ([] if cluster.surveyed else ["the persistent tier to list its checkpoints"])
     if cluster.phase is Phase.FORMING:
         return [
             f"worker of {m.node} ({m.worker.value})"

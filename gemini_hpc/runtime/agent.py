@@ -1,7 +1,7 @@
 """The agent: one per node, durable. Owns the arena, starts and watches the node's processes, obeys a coordinator.
 
-It imports neither torch nor MPI, so it starts fast and their bugs cannot kill it. The agent of the first node also
-plays the coordinator.
+It imports neither torch nor MPI, so it starts fast and their bugs cannot kill it. One of the agents also coordinates:
+the one that the others elected.
 """
 
 import os
@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import zmq
 
@@ -21,20 +22,23 @@ from gemini_hpc.core.messages import (
     Event,
     Finish,
     Gone,
-    Heartbeat,
     Hello,
     HostLost,
     HostReady,
+    Inventory,
     Join,
+    Lead,
     Load,
     Message,
     NodeExited,
     NodeUp,
+    Parked,
     Persist,
     Persisted,
     Publish,
     Published,
     Pull,
+    RequestVote,
     RestartWorker,
     Retire,
     Safe,
@@ -44,10 +48,11 @@ from gemini_hpc.core.messages import (
     WorldFailed,
     Written,
 )
+from gemini_hpc.core.seat import Seat
 from gemini_hpc.core.types import FRESH
 from gemini_hpc.runtime.children import PARENT
-from gemini_hpc.runtime.cluster import CLUSTER, GROUP_ADDRESS, NODES, address_of, coordinator_of
-from gemini_hpc.runtime.coordinator import Coordinator
+from gemini_hpc.runtime.cluster import CLUSTER, GROUP_ADDRESS, NODES, RETURNED, address_of
+from gemini_hpc.runtime.coordinator import Coordinator, rules_of
 from gemini_hpc.runtime.household import Household, LineEnded, ProcessEnded
 from gemini_hpc.runtime.paths import RunPaths, open_run
 from gemini_hpc.runtime.processes import die_with_parent
@@ -56,7 +61,7 @@ from gemini_hpc.telemetry import EventLog, EventThread
 
 TICK_MS = 20
 LEASE_TIMEOUTS = 10
-"""After this many heartbeat timeouts without a coordinator, a node takes itself for evicted."""
+"""After this many heartbeat timeouts without a coordinator that has a majority, a node takes itself for evicted."""
 
 FLUSH_S = 2.0
 """How long the end may wait for the event log."""
@@ -72,6 +77,18 @@ ORDERS_FOR = {
 }
 
 
+class Training:
+    """What this agent knows of its worker; all of it goes into the inventory for a new coordinator."""
+
+    def __init__(self) -> None:
+        self.state = "building"  # or idle, busy, lost
+        self.reason = ""  # why it was lost
+        self.generation = 0  # that it was last told to join, as `rank`
+        self.rank = -1
+        self.ready: WorkerReady | None = None
+        self.store = ""
+
+
 class Agent:
     """The node's supervisor: one loop over its sockets, its children and the clock."""
 
@@ -84,23 +101,25 @@ class Agent:
         self._cluster = self._wire.call(os.environ[CLUSTER], node)
         self._poller = zmq.Poller()
         self._household = Household(paths, node, self._poller)
+        paths.arena(node).unlink(missing_ok=True)  # of this node's life before, if it had one
         self._arena: Arena | None = None
+        self._training = Training()
         self._ready: WorkerReady | None = None  # a worker that waits for its arena
         self._making_arena: threading.Thread | None = None
         self._arena_failure = ""
-        self._host_world = 0
+        self._host: HostReady | None = None  # the newest that there was
+        self._host_world = 0  # of the host that is connected; 0 = none
         self._archiver_due = 0.0  # when one that died is started again; 0 = it lives
         self._archiving: list[tuple[float, Message]] = []  # orders that the archiver has not answered
-        self._coordinator_id = ""  # of the coordinator's client on our server
-        self._backlog: list[Event] = []  # events from before it came
-        self._last_order = time.monotonic()
-        self._last_beat = 0.0
-        self._last_round = time.monotonic()
+        self._started = self._last_round = time.monotonic()
+        self._informed: tuple[str, int] = ("", 0)  # the coordinator, and its term, that has our inventory
+        self._stopped_since = 0.0  # since when the worker does not run, because of a signal
         self._worker_starts = 0
         self._last_words = ""  # why the worker is about to exit
         self._over = False
-        self._role = Coordinator(paths, run, nodes, self._wire, self._cluster, self._events)
-        self._coordinates = node == coordinator_of(nodes)
+        returned = os.environ.get(RETURNED) == "1"
+        self._seat = Seat(rules_of(run, nodes), node, run.recovery.heartbeat_s, self._started, returned)
+        self._role = Coordinator(paths, run, self._seat, self._wire, self._cluster, self._events)
 
     # --- the loop -----------------------------------------------------------------------------------
 
@@ -119,8 +138,7 @@ class Agent:
             self._finish_arena()
             self._watch_clock()
             self._note_stall()
-            if self._coordinates:
-                self._role.turn(self._poller)
+            self._role.turn(self._poller)
         self._leave()
 
     def _leave(self) -> None:
@@ -132,17 +150,26 @@ class Agent:
 
     def _watch_clock(self) -> None:
         now, rules = time.monotonic(), self._run.recovery
-        if now - self._last_beat >= rules.heartbeat_s:
-            self._last_beat = now
-            self._tell(Heartbeat(self._node))
-        if now - self._last_order > LEASE_TIMEOUTS * rules.heartbeat_timeout_s and self._coordinator_id:
-            self._events.emit("run", state="stopped", reason="no coordinator was heard for the lease time")
+        alone_s = self._seat.forsaken(now) if self._informed[0] else now - self._started
+        if alone_s > (LEASE_TIMEOUTS * rules.heartbeat_timeout_s if self._informed[0] else rules.build_s):
+            self._events.emit("run", state="stopped", reason=f"no majority has had a coordinator for {alone_s:.0f} s")
             self._over = True
         if self._archiving and now - self._archiving[0][0] > rules.archive_s:
             self._restart_archiver(f"no answer within {rules.archive_s:.0f} s")
         elif 0 < self._archiver_due <= now:
             self._archiver_due = 0.0
             self._restart_archiver("it died")
+        self._watch_worker(now)
+
+    def _watch_worker(self, now: float) -> None:
+        """A stopped worker (SIGSTOP, a debugger) holds up all ranks, and no socket breaks: end it."""
+        if not self._household.is_stopped("worker"):
+            self._stopped_since = 0.0
+        elif not self._stopped_since:
+            self._stopped_since = now
+        elif now - self._stopped_since > self._run.recovery.suspect_s:
+            self._last_words = "it was stopped by a signal"
+            self._household.kill("worker")
 
     def _note_stall(self) -> None:
         """Say so when the loop stood still for long: others may have taken this node for dead."""
@@ -154,11 +181,9 @@ class Agent:
     # --- the coordinator and the cluster ------------------------------------------------------------
 
     def _tell(self, event: Event) -> None:
-        """Report to the coordinator; kept until there is one."""
-        if self._coordinator_id:
-            self._server.send(self._coordinator_id, event)
-        elif not isinstance(event, Heartbeat):
-            self._backlog.append(event)
+        """Report to the coordinator. While there is none it is lost: the next one is told all by the inventory."""
+        if self._seat.leader and self._seat.leader == self._informed[0]:
+            self._server.send(self._seat.leader, event)
 
     def _read_cluster(self) -> None:
         while (message := self._cluster.receive()) is not None:
@@ -167,15 +192,46 @@ class Agent:
 
     def _read_orders(self) -> None:
         while (received := self._server.receive()) is not None:
-            identity, message = received
-            self._last_order = time.monotonic()
-            if identity != self._coordinator_id:
-                self._coordinator_id = identity
-                for event in self._backlog:
-                    self._tell(event)
-                self._backlog.clear()
-            if isinstance(message, Command):
+            sender, message = received
+            if isinstance(message, (RequestVote, Lead)):
+                for answer in self._role.obey(message):
+                    self._server.send(sender, answer)
+                self._inform()
+            elif isinstance(message, Command) and sender == self._seat.leader:
                 self._obey(message)
+
+    def _inform(self) -> None:
+        """Tell a new coordinator what there is on this node."""
+        election = self._seat.election
+        if not election.leader or self._informed == (election.leader, election.term):
+            return
+        self._informed = (election.leader, election.term)
+        training, host = self._training, self._host
+        self._tell(
+            Inventory(
+                self._node,
+                training.state,
+                training.reason,
+                training.generation,
+                training.rank,
+                training.ready.built_rank if training.ready else -1,
+                training.store,
+                self._arena.geometry.snapshot_bytes if self._arena and training.ready else 0,
+                host.world if host else 0,
+                host.members if host else (),
+                host is not None and host.world == self._host_world,
+                tuple(self._held()),
+            )
+        )
+
+    def _held(self) -> Iterator[tuple[int, ...]]:
+        for area in range(self._arena.geometry.areas if self._arena else 0):
+            for half in (0, 1):
+                assert self._arena is not None
+                record = self._arena.record(area, half)
+                if record.state is State.SEALED:
+                    place = (area, half, record.rank, record.step)
+                    yield (*place, record.generation, record.nbytes, record.checksum)
 
     def _obey(self, order: Command) -> None:
         if isinstance(order, (Finish, Retire)):
@@ -186,9 +242,14 @@ class Agent:
             if self._arena is not None:
                 self._arena.safe_step = order.step
         else:
-            if isinstance(order, Join) and self._arena is not None:
-                # perhaps back behind the safe step of before: nothing is safe until the coordinator says so again
-                self._arena.safe_step = FRESH
+            if isinstance(order, Join):
+                if order.generation <= self._training.generation:
+                    return  # of the past
+                self._training.state = "busy"
+                self._training.generation, self._training.rank = order.generation, order.rank
+                if self._arena is not None:
+                    # perhaps back behind the safe step of before: nothing is safe until the coordinator says so again
+                    self._arena.safe_step = FRESH
             role = next(role for role, kinds in ORDERS_FOR.items() if isinstance(order, kinds))
             self._pass_on(role, order)
 
@@ -202,6 +263,8 @@ class Agent:
     def _start_worker(self) -> None:
         self._ready = None
         self._last_words = ""
+        self._stopped_since = 0.0
+        self._training.state = "building"
         self._worker_starts += 1
         self._household.start(
             "worker",
@@ -223,16 +286,21 @@ class Agent:
         for role, news in self._household.news():
             if isinstance(news, ProcessEnded):
                 if role == "worker":
-                    self._tell(WorkerLost(self._node, self._last_words or news.how))
+                    self._lose_worker(self._last_words or news.how)
                 else:
                     self._archiver_due = time.monotonic() + RESTART_S
             elif isinstance(news, LineEnded):
                 if role == "host":
-                    self._tell(HostLost(self._node, self._host_world, "its line to the agent ended"))
+                    lost, self._host_world = self._host_world, 0
+                    self._tell(HostLost(self._node, lost, "its line to the agent ended"))
             elif isinstance(news, Hello):
                 self._greet(news)
             else:
                 self._hear(news)
+
+    def _lose_worker(self, reason: str) -> None:
+        self._training.state, self._training.reason = "lost", reason
+        self._tell(WorkerLost(self._node, reason))
 
     def _greet(self, hello: Hello) -> None:
         if hello.role == "host":
@@ -254,7 +322,10 @@ class Agent:
             self._last_words = message.reason  # it is about to exit: the coordinator hears of it then
             return
         if isinstance(message, HostReady):
+            self._host = message
             self._remind_host()
+        elif isinstance(message, Parked):
+            self._training.state, self._training.store = "idle", message.store
         elif isinstance(message, (Persisted, Published)) or (isinstance(message, Copied) and self._is_load(message)):
             self._archiving = self._archiving[1:]
         elif isinstance(message, Stepped):
@@ -314,10 +385,11 @@ class Agent:
         ready, self._ready = self._ready, None
         if self._arena_failure:
             self._household.end("worker")
-            self._tell(WorkerLost(self._node, self._arena_failure))
+            self._lose_worker(self._arena_failure)
             return
         assert self._arena is not None
         self._log_memory(self._arena)
+        self._training.state, self._training.ready, self._training.store = "idle", ready, ready.store
         self._tell(ready)
 
     def _log_memory(self, arena: Arena) -> None:

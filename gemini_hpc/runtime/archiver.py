@@ -70,7 +70,7 @@ class Archiver:
             checksum = hdf5.read_shard(path, arena.payload(order.area, order.half))
             if checksum != order.checksum:
                 raise GeminiError(f"{path} is not the file that its manifest names")
-            sealed = Record(State.SEALED, order.rank, order.step, order.generation, nbytes, checksum)
+            sealed = Record(State.SEALED, order.rank, order.step, 0, nbytes, checksum)  # 0: of no generation
             arena.write_record(order.area, order.half, sealed)
         except (GeminiError, OSError) as error:
             failure = str(error)

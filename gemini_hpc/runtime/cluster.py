@@ -1,4 +1,4 @@
-"""The nodes of a run: their names, their addresses, and who coordinates."""
+"""The nodes of a run: their names and their addresses."""
 
 from gemini_hpc.config import RunConfig
 
@@ -8,6 +8,9 @@ CLUSTER = "GEMINI_CLUSTER"
 NODES = "GEMINI_NODES"
 """Environment variable: the names of all nodes of the run, comma-separated, in order of preference."""
 
+
+RETURNED = "GEMINI_RETURNED"
+"""Environment variable: 1 for the agent of a node that was lost and is back."""
 
 GROUP_ADDRESS = "127.0.0.1"
 """Where the workers of virtual nodes meet. Not at their nodes' addresses: c10d looks up the name of every peer it
@@ -23,8 +26,3 @@ def address_of(node: str, nodes: tuple[str, ...]) -> str:
     """Return the address of a virtual node: every one has its own in 127.0.0.0/8, which needs no set-up."""
     place = nodes.index(node) + 2
     return f"127.0.{place // 250}.{place % 250}"
-
-
-def coordinator_of(nodes: tuple[str, ...]) -> str:
-    """Return the node whose agent coordinates."""
-    return nodes[0]

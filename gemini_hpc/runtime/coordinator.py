@@ -1,27 +1,34 @@
-"""The coordinator's loop: hands events and time to `core`, carries out what it orders. It decides nothing itself."""
+"""The agent's second role: carries out what its `Seat` decides, in elections and, while it leads, for the whole run.
 
+It decides nothing itself: it hands events and time to `core`, and orders to the wire.
+"""
+
+import queue
+import threading
 import time
 from typing import Any
 
 import zmq
 
 from gemini_hpc.config import RunConfig
-from gemini_hpc.core.coordinator import step
 from gemini_hpc.core.messages import (
     Command,
     Disconnected,
     Event,
     Finish,
-    Heartbeat,
-    Message,
+    Lead,
     NodeUp,
     Note,
+    RequestVote,
     StartWorld,
     Stepped,
-    Tick,
+    Surveyed,
 )
-from gemini_hpc.core.state import Checkpoint, Rules, new_cluster
+from gemini_hpc.core.seat import Seat
+from gemini_hpc.core.state import Rules
+from gemini_hpc.core.types import FRESH
 from gemini_hpc.core.view import describe
+from gemini_hpc.errors import GeminiError
 from gemini_hpc.persist import manifest
 from gemini_hpc.runtime.paths import RunPaths
 from gemini_hpc.runtime.status_file import StatusThread
@@ -31,81 +38,109 @@ from gemini_hpc.telemetry import EventThread
 STATUS_S = 0.25
 """How often status.json is renewed; also at every change of the phase."""
 
+SURVEY_S = 1.0
+"""Between two attempts to list the checkpoints."""
+
 
 class Coordinator:
-    """One agent's second role."""
+    """Lines to the other agents, opened when this one first has something to say to them."""
 
     def __init__(
-        self,
-        paths: RunPaths,
-        run: RunConfig,
-        nodes: tuple[str, ...],
-        wire: Wire,
-        cluster: Client,
-        events: EventThread,
+        self, paths: RunPaths, run: RunConfig, seat: Seat, wire: Wire, cluster: Client, events: EventThread
     ) -> None:
-        self._run, self._wire, self._events = run, wire, events
-        self._status = StatusThread(paths)
+        self._paths, self._run, self._wire, self._events = paths, run, wire, events
+        self._seat = seat
         self._to_cluster = cluster
-        self._agents: dict[str, Client] = {}
-        self._new_agents: list[Client] = []
-        self._state = new_cluster(rules_of(run, nodes), time.monotonic(), published(paths))
-        self._last_beat = 0.0
+        self._endpoints: dict[str, str] = {}
+        self._lines: dict[str, Client] = {}
+        self._poller: zmq.Poller | None = None
+        self._status = StatusThread(paths)
+        self._surveys: queue.SimpleQueue[Surveyed] = queue.SimpleQueue()
+        self._surveying = False
         self._last_status = 0.0
         self._shown: tuple[Any, ...] = ()
         self._progress: dict[str, float] = {}
 
-    def hear(self, message: Message) -> None:
-        """Take what the cluster says: a node came, a node's agent exited, a world's launcher ended."""
-        if isinstance(message, NodeUp):
-            client = self._wire.call(message.endpoint, "coordinator")
-            self._agents[message.node] = client
-            self._new_agents.append(client)
-            client.send(Heartbeat(message.node))
-        elif isinstance(message, Event):
-            self._take(message)
+    def hear(self, event: Event) -> None:
+        """Take what the cluster or an agent says."""
+        if isinstance(event, NodeUp):
+            self._hang_up(event.node)
+            self._endpoints[event.node] = event.endpoint
+        elif isinstance(event, Stepped):
+            self._progress = {"loss": event.loss, "step_s": event.step_s}
+        self._carry_out(self._seat.hear(time.monotonic(), event))
+
+    def obey(self, order: RequestVote | Lead) -> list[Event]:
+        """Answer a candidate or a leader."""
+        return self._seat.obey(time.monotonic(), order)
 
     def turn(self, poller: zmq.Poller) -> None:
         """Take everything that waits, and then the time: silence is judged only after all has been heard."""
-        for client in self._new_agents:
-            poller.register(client.socket, zmq.POLLIN)
-            poller.register(client.monitor, zmq.POLLIN)
-        self._new_agents.clear()
-        for node, client in self._agents.items():
-            while (message := client.receive()) is not None:
+        self._poller = poller
+        for node, line in list(self._lines.items()):
+            while (message := line.receive()) is not None:
                 if isinstance(message, Event) and message.node == node:
-                    self._take(message)
-            if client.broke():
-                self._take(Disconnected(node))
+                    self.hear(message)
+            if line.broke():
+                self.hear(Disconnected(node))
+        while not self._surveys.empty():
+            self.hear(self._surveys.get())
         now = time.monotonic()
-        if now - self._last_beat >= self._run.recovery.heartbeat_s:
-            self._last_beat = now
-            for node, client in self._agents.items():
-                client.send(Heartbeat(node))
-            self._take(Tick(""))
+        self._carry_out(self._seat.tick(now))
+        cluster = self._seat.cluster
+        if cluster is not None and not cluster.surveyed and not self._surveying:
+            self._surveying = True
+            threading.Thread(target=self._survey, daemon=True).start()
         self._show(now)
 
-    def _take(self, event: Event) -> None:
-        if isinstance(event, Stepped):
-            self._progress = {"loss": event.loss, "step_s": event.step_s}
-        self._state, orders = step(self._state, time.monotonic(), event)
-        for order in orders:
-            self._carry_out(order)
+    def _survey(self) -> None:
+        """Look for the newest checkpoint; in a thread, for the shared file system may hang."""
+        while True:
+            try:
+                found = manifest.newest(self._paths.run_dir)
+                break
+            except (GeminiError, OSError) as error:
+                self._events.emit("survey_failed", reason=str(error))
+                time.sleep(SURVEY_S)
+        files = {str(f.rank): [f.name, f.nbytes, f.checksum] for f in found.files} if found else {}
+        self._surveys.put(Surveyed("", found.step if found else FRESH, files))
+        self._surveying = False
 
-    def _carry_out(self, order: Command) -> None:
-        if isinstance(order, Note):
-            self._events.emit(order.event, **order.details)
-        elif isinstance(order, StartWorld) or (isinstance(order, Finish) and not order.node):
-            self._to_cluster.send(order)
-        elif order.node in self._agents:
-            self._agents[order.node].send(order)
+    def _carry_out(self, orders: list[Command]) -> None:
+        for order in orders:
+            if isinstance(order, Note):
+                self._events.emit(order.event, **order.details)
+            elif isinstance(order, StartWorld) or (isinstance(order, (Finish, Lead)) and not order.node):
+                self._to_cluster.send(order)
+            else:
+                self._send(order)
+
+    def _send(self, order: Command) -> None:
+        line = self._lines.get(order.node)
+        if line is None and order.node in self._endpoints and self._poller is not None:
+            line = self._lines[order.node] = self._wire.call(self._endpoints[order.node], self._seat.election.node)
+            self._poller.register(line.socket, zmq.POLLIN)
+            self._poller.register(line.monitor, zmq.POLLIN)
+        if line is not None:
+            line.send(order)
+
+    def _hang_up(self, node: str) -> None:
+        line = self._lines.pop(node, None)
+        if line is not None and self._poller is not None:
+            self._poller.unregister(line.socket)
+            self._poller.unregister(line.monitor)
+            line.close()
 
     def _show(self, now: float) -> None:
-        shown = (self._state.phase, self._state.generation, self._state.outcome)
+        cluster = self._seat.cluster
+        if cluster is None:
+            return
+        shown = (cluster.phase, cluster.generation, cluster.outcome)
         if shown == self._shown and now - self._last_status < STATUS_S:
             return
         self._shown, self._last_status = shown, now
-        self._status.show({"run": self._run.name, **describe(self._state, now), **self._progress})
+        led = {"run": self._run.name, "coordinator": self._seat.election.node}
+        self._status.show({**led, **describe(cluster, now), **self._progress})
 
 
 def rules_of(run: RunConfig, nodes: tuple[str, ...]) -> Rules:
@@ -120,6 +155,7 @@ def rules_of(run: RunConfig, nodes: tuple[str, ...]) -> Rules:
         suspect_s=recovery.suspect_s,
         leave_s=recovery.leave_s,
         build_s=recovery.build_s,
+        takeover_s=recovery.heartbeat_timeout_s + recovery.suspect_s,
         fetch_s=recovery.fetch_s,
         gather_s=2 * recovery.fetch_s + recovery.world_s,
         join_s=recovery.join_s,
@@ -128,11 +164,3 @@ def rules_of(run: RunConfig, nodes: tuple[str, ...]) -> Rules:
         max_restarts=recovery.max_restarts,
         max_fruitless=recovery.max_fruitless,
     )
-
-
-def published(paths: RunPaths) -> Checkpoint | None:
-    """Return the newest checkpoint of the persistent tier, as the core knows it."""
-    found = manifest.newest(paths.run_dir)
-    if found is None:
-        return None
-    return Checkpoint(found.step, {file.rank: (file.name, file.nbytes, file.checksum) for file in found.files})

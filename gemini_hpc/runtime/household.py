@@ -1,5 +1,6 @@
 """The processes of one node, as its agent deals with them: started, spoken to, watched, ended."""
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from gemini_hpc.core.messages import Hello, Message
 from gemini_hpc.runtime.channel import Channel, Listener
 from gemini_hpc.runtime.children import Child
 from gemini_hpc.runtime.paths import RunPaths
-from gemini_hpc.runtime.processes import NODE_MARK, RUN_MARK, wait_exit
+from gemini_hpc.runtime.processes import NODE_MARK, RUN_MARK, kill, state_of, wait_exit
 
 ROLES = ("worker", "host", "archiver")
 
@@ -59,6 +60,15 @@ class Household:
             self._poller.unregister(child.pidfd)
             child.end()
         self._hang_up(role)
+
+    def kill(self, role: str) -> None:
+        """Kill the process of a role; `news` tells when it is gone."""
+        if role in self._children:
+            kill(self._children[role].pid, signal.SIGKILL)
+
+    def is_stopped(self, role: str) -> bool:
+        """Whether the process of a role is stopped by a signal."""
+        return role in self._children and state_of(self._children[role].pid) in ("T", "t")
 
     def end_all(self) -> None:
         for role in ROLES:

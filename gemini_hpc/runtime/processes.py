@@ -51,7 +51,7 @@ def kill_marked(name: str, value: str, timeout_s: float = 10.0) -> int:
     """SIGKILL all processes with a mark until none is left; return how many there were."""
     deadline, seen = time.monotonic() + timeout_s, set()
     while time.monotonic() < deadline:
-        alive = [pid for pid in marked(name, value) if not _is_zombie(pid)]
+        alive = [pid for pid in marked(name, value) if state_of(pid) not in ("Z", "")]
         if not alive:
             break
         for pid in alive:
@@ -68,11 +68,12 @@ def kill(pid: int, number: int) -> None:
         return
 
 
-def _is_zombie(pid: int) -> bool:
+def state_of(pid: int) -> str:
+    """Return the state of a process as /proc says it (R, S, T for stopped, Z for a zombie); "" = it is gone."""
     try:
-        return Path("/proc", str(pid), "stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+        return Path("/proc", str(pid), "stat").read_text().rsplit(")", 1)[1].split()[0]
     except OSError:
-        return True
+        return ""
 
 
 def wait_exit(pidfd: int, timeout_s: float) -> bool:

@@ -15,11 +15,11 @@ from pathlib import Path
 import zmq
 
 from gemini_hpc.config import RunConfig
-from gemini_hpc.core.messages import Finish, Message, NodeExited, NodeUp, StartWorld, WorldFailed
+from gemini_hpc.core.messages import Finish, Lead, Message, NodeExited, NodeUp, StartWorld, WorldFailed
 from gemini_hpc.errors import GeminiError
 from gemini_hpc.runtime.children import ATTACHED, Child
 from gemini_hpc.runtime.closing import verify
-from gemini_hpc.runtime.cluster import CLUSTER, NODES, coordinator_of, virtual_nodes
+from gemini_hpc.runtime.cluster import CLUSTER, NODES, RETURNED, virtual_nodes
 from gemini_hpc.runtime.paths import RunPaths, open_run
 from gemini_hpc.runtime.processes import NODE_MARK, RUN_MARK, RunLock, clear, sweep, wait_exit
 from gemini_hpc.runtime.status_file import update_status
@@ -55,6 +55,10 @@ class Supervisor:
         self._poller.register(self._server.socket, zmq.POLLIN)
         self._agents: dict[str, Child] = {}
         self._up: dict[str, NodeUp] = {}
+        self._exited: dict[str, NodeExited] = {}
+        self._return_at: dict[str, float] = {}  # when a lost node comes back
+        self._leader = ""
+        self._term = 0
         self._world: subprocess.Popen[bytes] | None = None
         self._world_number = 0
 
@@ -65,16 +69,20 @@ class Supervisor:
         while True:
             self._poller.poll(POLL_MS)
             check_wanted()
+            ended = self._ended_agents()  # before their last words are read
             while (received := self._server.receive()) is not None:
-                message = received[1]
-                if isinstance(message, Finish):
+                sender, message = received
+                if isinstance(message, Finish) and sender == self._leader:
                     return message.state, message.reason
-                self._handle(message)
+                self._handle(sender, message)
             self._watch_world()
-            for node in self._ended_agents():
-                self._tell(NodeExited(node, "its agent is gone"))
-                if node == coordinator_of(self._nodes):
-                    return "failed", f"the coordinator's node {node} is lost"
+            for node in ended:
+                self._lose(node)
+            for node in [node for node, due in self._return_at.items() if time.monotonic() >= due]:
+                del self._return_at[node]
+                self._start_agent(node, returned=True)
+            if not self._agents:
+                return "failed", "no node is left; go on from the newest checkpoint with --resume"
 
     def close(self) -> None:
         """End what still runs: agents get a moment to leave, the rest gets none."""
@@ -85,14 +93,22 @@ class Supervisor:
         self._end_world()
         self._wire.close()
 
-    def _start_agent(self, node: str) -> None:
+    def _start_agent(self, node: str, returned: bool = False) -> None:
         marks = {RUN_MARK: self._paths.run_id, NODE_MARK: f"{self._paths.run_id}:{node}"}
-        names = {CLUSTER: self._server.endpoint, NODES: ",".join(self._nodes)}
+        names = {CLUSTER: self._server.endpoint, NODES: ",".join(self._nodes), RETURNED: str(int(returned))}
         arguments = [str(self._paths.run_dir), node]
         log = self._paths.logs / f"agent-{node}.log"
         child = Child("gemini_hpc.runtime.agent", arguments, {**marks, **names}, log)
         self._agents[node] = child
         self._poller.register(child.pidfd, zmq.POLLIN)
+
+    def _lose(self, node: str) -> None:
+        """Tell everybody that a node is gone. The kernel killed its other processes with its agent."""
+        self._up.pop(node, None)
+        self._exited[node] = NodeExited(node, "its agent is gone")
+        self._tell_all(self._exited[node])
+        if self._run.cluster.return_s is not None:
+            self._return_at[node] = time.monotonic() + self._run.cluster.return_s
 
     def _ended_agents(self) -> list[str]:
         ended = [node for node, child in self._agents.items() if wait_exit(child.pidfd, 0.0)]
@@ -102,19 +118,21 @@ class Supervisor:
             child.reap()
         return ended
 
-    def _handle(self, message: Message) -> None:
-        if isinstance(message, NodeUp):
-            known, self._up[message.node] = coordinator_of(self._nodes) in self._up, message
-            if message.node == coordinator_of(self._nodes):
-                for other in self._up.values():
-                    self._tell(other)
-            elif known:
-                self._tell(message)
-        elif isinstance(message, StartWorld):
+    def _handle(self, sender: str, message: Message) -> None:
+        if isinstance(message, NodeUp) and message.node in self._agents:
+            for known in (*self._exited.values(), *self._up.values()):
+                self._server.send(message.node, known)
+            self._exited.pop(message.node, None)
+            self._up[message.node] = message
+            self._tell_all(message)
+        elif isinstance(message, Lead) and message.term > self._term:
+            self._leader, self._term = sender, message.term
+        elif isinstance(message, StartWorld) and sender == self._leader:
             self._start_world(message)
 
-    def _tell(self, message: Message) -> None:
-        self._server.send(coordinator_of(self._nodes), message)
+    def _tell_all(self, message: Message) -> None:
+        for node in self._up:
+            self._server.send(node, message)
 
     # --- the MPI world of the window hosts ----------------------------------------------------------
 
@@ -138,7 +156,7 @@ class Supervisor:
     def _watch_world(self) -> None:
         if self._world is not None and self._world.poll() is not None:
             code, self._world = self._world.returncode, None
-            self._tell(WorldFailed("", self._world_number, f"mpiexec ended with status {code}"))
+            self._tell_all(WorldFailed("", self._world_number, f"mpiexec ended with status {code}"))
 
     def _end_world(self) -> None:
         if self._world is not None:

@@ -47,6 +47,7 @@ class Wire:
     def listen(self, address: str) -> "Server":
         socket = self._socket(zmq.ROUTER)
         socket.curve_server = True
+        socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # who calls again is heard, though its old connection never ended
         port = socket.bind_to_random_port(f"tcp://{address}")
         return Server(socket, f"tcp://{address}:{port}")
 

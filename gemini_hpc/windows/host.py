@@ -46,6 +46,9 @@ PACKET_BYTES = 256 << 10
 ABANDONED_READS_MAX = 16
 """Each keeps a buffer for ever; a host that has more of them makes way for a fresh world."""
 
+NAME_BYTES = 256
+"""More than the name of a node can have."""
+
 IDLE_POLL_S = 0.010
 SERVE_POLL_S = 0.001
 
@@ -88,6 +91,7 @@ class Host:
         _unlink_mpich_files()
         self.comm = MPI.COMM_WORLD
         self.comm.Set_errhandler(MPI.ERRORS_RETURN)
+        self.members = self._names()
         self.window = MPI.Win.Create(arena.buffer, 1, comm=self.comm)
         self.window.Set_errhandler(MPI.ERRORS_RETURN)
         self.window.Lock_all(MPI.MODE_NOCHECK)
@@ -102,6 +106,13 @@ class Host:
         self.gone: set[int] = set()
         self.free_buffers: list[bytearray] = []
         self.reads: list[tuple[MPI.Request, bytearray]] = []  # all abandoned ones, then the outstanding one
+
+    def _names(self) -> tuple[str, ...]:
+        """Return the nodes of all MPI ranks."""
+        mine, names = bytearray(self.node.encode().ljust(NAME_BYTES, b"\0")), bytearray(NAME_BYTES * self.comm.size)
+        self.comm.Allgather([mine, MPI.BYTE], [names, MPI.BYTE])
+        pieces = (names[start : start + NAME_BYTES] for start in range(0, len(names), NAME_BYTES))
+        return tuple(piece.rstrip(b"\0").decode() for piece in pieces)
 
     def _connect(self) -> None:
         """Read one byte of every other rank: a read that waits for its connection cannot outlive its source."""
@@ -169,7 +180,7 @@ class Host:
     def _pull(self, order: Pull, ordered: float) -> Job:
         """Pull one snapshot into a half of the own arena, verify it, and leave the half SEALED or else FREE."""
         area, half, nbytes = order.area, order.half, order.nbytes
-        record = Record(State.WRITING, order.rank, order.step, order.generation, nbytes)
+        record = Record(State.WRITING, order.rank, order.step, order.origin, nbytes)
         self.arena.write_record(area, half, record)
         reason = ""
         try:
@@ -254,7 +265,7 @@ def main() -> None:
     agent = Agent(os.environ["GEMINI_AGENT"])
     agent.send(Hello(node, "host", os.getpid(), world))
     host = Host(agent, Arena.open(Path(os.environ["GEMINI_ARENA"])), node)
-    agent.send(HostReady(node, world))
+    agent.send(HostReady(node, world, host.members))
     host.run()
 
 

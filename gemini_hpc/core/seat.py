@@ -1,0 +1,108 @@
+"""One agent's seat at the table: takes part in elections, and coordinates while it is elected. Pure, like its parts.
+
+Whatever an agent hears goes through here, so that a simulated agent decides by the very same code as a real one.
+"""
+
+from collections import deque
+
+from gemini_hpc.core import coordinator, election
+from gemini_hpc.core.messages import Command, Event, Lead, NodeExited, NodeUp, Note, RequestVote, Tick
+from gemini_hpc.core.state import Cluster, Rules, new_cluster
+
+
+class Seat:
+    """`hear` and `tick` return orders to carry out: for agents, for the cluster (node ""), for the event log (Note)."""
+
+    def __init__(self, rules: Rules, node: str, beat_s: float, now: float, returned: bool = False) -> None:
+        self.election = election.new_election(
+            node, rules.nodes, beat_s, rules.heartbeat_timeout_s, now, voter=not returned
+        )
+        self.cluster: Cluster | None = None  # while this node leads
+        self._rules = rules
+        self._term = 0  # in which `cluster` was made
+        self._absent: dict[str, tuple[float, NodeExited]] = {}  # the cluster says they are gone: since when
+        self._unheard: deque[Event] = deque()  # came while this leader could not be sure of a majority
+        self._orders: list[Command] = []  # of a generation of which a majority does not know yet
+        self._opened = -1.0  # when that was opened
+
+    @property
+    def leader(self) -> str:
+        """The node whose orders count; "" = nobody's."""
+        return self.election.leader
+
+    def forsaken(self, now: float) -> float:
+        """Return for how many seconds neither a leader nor, for a leader, a majority was heard."""
+        return now - (self.election.granted_at if self.election.leads else self.election.heard)
+
+    def obey(self, now: float, order: RequestVote | Lead) -> list[Event]:
+        """Take what a candidate or a leader says; return what to answer to it."""
+        heard = self.election.heard
+        self.election, answers = election.step(self.election, now, order)
+        self._change_role(now, heard)
+        return [answer for answer in answers if isinstance(answer, Event)]
+
+    def hear(self, now: float, event: Event) -> list[Command]:
+        """Take what an agent, or the cluster, says."""
+        if isinstance(event, NodeExited):
+            self._absent[event.node] = (now, event)
+        elif isinstance(event, NodeUp):
+            self._absent.pop(event.node, None)
+        orders = self._elect(now, event)
+        if self.cluster is not None and not isinstance(event, Tick):
+            self._unheard.append(event)
+        return orders + self._act(now)
+
+    def tick(self, now: float) -> list[Command]:
+        """Take the time."""
+        orders = self._elect(now, Tick("")) + self._act(now)
+        if self.cluster is not None and not self._unheard and self.election.may_act(now, self._opened):
+            self._unheard.append(Tick(""))
+            orders += self._act(now)
+        return orders
+
+    def _elect(self, now: float, event: Event) -> list[Command]:
+        heard, before = self.election.heard, self.election.leader
+        self.election, said = election.step(self.election, now, event)
+        orders = [order for order in said if isinstance(order, Command)]
+        if self._change_role(now, heard):
+            orders.append(Lead("", self.election.node, self.election.term, self.election.generation, now))
+            reason = f"elected in term {self.election.term}" + (f" after {before}" if before else "")
+            orders.append(Note("", "coordinator", {"target": self.election.node, "reason": reason}))
+        return orders
+
+    def _change_role(self, now: float, heard: float) -> bool:
+        """Begin to lead, or stop it, as the election says; whether this is the beginning."""
+        if self.election.leads and self.election.term != self._term:
+            self._forget()
+            self._term = self.election.term
+            # who died after the last word of the leader before is this one's to deal with
+            gone = [node for node, (since, _) in self._absent.items() if since < heard]
+            self._unheard.extend(event for node, (_, event) in self._absent.items() if node not in gone)
+            self.cluster = new_cluster(self._rules, now, self.election.generation, gone)
+            return True
+        if not self.election.leads and self.cluster is not None:
+            self._forget()
+        return False
+
+    def _forget(self) -> None:
+        self.cluster, self._opened = None, -1.0
+        self._unheard.clear()
+        self._orders.clear()
+
+    def _act(self, now: float) -> list[Command]:
+        """Decide on what was heard, as long as a majority stands behind it."""
+        orders: list[Command] = []
+        while self.cluster is not None and self.election.may_act(now, self._opened):
+            self._opened = -1.0
+            orders += self._orders
+            self._orders.clear()
+            if not self._unheard:
+                break
+            self.cluster, decided = coordinator.step(self.cluster, now, self._unheard.popleft())
+            if self.cluster.generation == self.election.generation:
+                orders += decided
+                continue
+            self._orders, self._opened = decided, now
+            self.election, told = election.open_generation(self.election, now, self.cluster.generation)
+            orders += [order for order in told if isinstance(order, Command)]
+        return orders
