@@ -44,7 +44,7 @@ def _text(name: str, status: dict[str, Any]) -> str:
         return f"{name}: {alive}, {status.get('state', 'no status yet')}"
     lines = [
         f"{name}: {status['state']} ({alive}), step {status['step']} of {status['total_steps']}, "
-        f"generation {status['generation']}",
+        f"generation {status['generation']}, coordinated by {status['coordinator']}",
         f"newest safe step: {_step(status['safe_step'])} in memory (m = {status['replicas']}), "
         f"{_step(status['persistent_step'])} on the persistent tier; "
         + ("protected" if status["protected"] else "not protected at this moment"),
