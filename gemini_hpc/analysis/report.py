@@ -141,7 +141,7 @@ def _subtitle(config: Mapping[str, Any], events: Sequence[Event]) -> str:
         " ".join(str(model[key]) for key in ("family", "preset") if key in model),
         str(train.get("precision", "")),
         f"{cluster['nodes']} nodes + {cluster.get('spares', 0)} spare" if "nodes" in cluster else "",
-        f"{protect['replicas']} replicas, {protect.get('placement', '')}" if "replicas" in protect else "",
+        f"{protect['replicas']} replicas" if "replicas" in protect else "",
         time.strftime("%Y-%m-%d %H:%M", time.localtime(start)),
         _duration(end - start),
         ": ".join(filter(None, [states[-1].get("state"), states[-1].get("reason")])) if states else "",
