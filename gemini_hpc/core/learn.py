@@ -7,6 +7,7 @@ from typing import Any
 from gemini_hpc.core.messages import (
     Abort,
     Copied,
+    Damaged,
     Disconnected,
     Event,
     HostLost,
@@ -239,6 +240,14 @@ def _on_pulled(turn: Turn, event: Copied) -> None:
         turn.open_generation(f"the snapshot of rank {event.rank}, step {event.step} on {event.source} is damaged")
 
 
+def _on_damaged(turn: Turn, event: Damaged) -> None:
+    if event.generation != turn.cluster.generation:
+        return
+    turn.note("copy_failed", target=event.node, rank=event.rank, step=event.step, reason="checksum")
+    turn.drop_copy(event.rank, event.step, event.node)
+    turn.open_generation(f"the snapshot of rank {event.rank}, step {event.step} on {event.node} is damaged")
+
+
 def _take_copy(turn: Turn, event: Copied, origin: int) -> None:
     """Believe a verified copy; count a failed one, and let its reader rest a moment."""
     cluster = turn.cluster
@@ -329,6 +338,7 @@ _HANDLERS: dict[type[Event], Callable[[Turn, Any], None]] = {
     Stepped: _on_stepped,
     Sealed: _on_sealed,
     Copied: _on_copied,
+    Damaged: _on_damaged,
     Inventory: _on_inventory,
     HostReady: _on_host_ready,
     HostLost: _on_host_lost,

@@ -228,6 +228,15 @@ class HostLost(Event):
 
 
 @dataclass(frozen=True)
+class Damaged(Event):
+    """The snapshot that this worker was to restore from its own arena has not the checksum it was sealed with."""
+
+    generation: int
+    rank: int
+    step: int
+
+
+@dataclass(frozen=True)
 class Persisted(Event):
     """The end of a Persist: the shard's file is on the shared file system, or it is not."""
 

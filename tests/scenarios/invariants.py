@@ -1,0 +1,123 @@
+"""What must hold after every event, whatever fails, in whatever order (DESIGN.md section 4).
+
+I1  All ranks of a group restore one step of one history: nothing torn, nothing mixed, nobody else's.
+I3  No plan goes behind a safe step while every rank's snapshot of it lies intact on some node that the coordinator
+    counts as living. (So losses of fewer than m nodes of each group never reach the persistent tier.)
+I4  In a generation the orders of one coordinator in one term are obeyed, and at any time one node at most may act.
+I5, I6  are what a schedule asks of the end of the run: see `schedules`.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from gemini_hpc.core import messages as m
+from gemini_hpc.core.state import Cluster, Phase
+from gemini_hpc.core.types import FRESH
+
+if TYPE_CHECKING:
+    from tests.scenarios.node import Content, Node
+    from tests.scenarios.simulation import Simulation
+
+
+class Broken(AssertionError):
+    """An invariant does not hold."""
+
+
+class Invariants:
+    def __init__(self, sim: "Simulation") -> None:
+        self._sim = sim
+        self._obeyed: dict[int, tuple[str, int]] = {}  # generation -> whose orders were obeyed in it
+        self._safe: dict[int, dict[int, int]] = {}  # step -> rank -> state, of the newest safe step
+
+    def one_history(self, at_step: int, contents: "dict[int, Content | None]") -> int:
+        """I1: hold what the ranks restore, or what a checkpoint is made of, against one another."""
+        for rank, content in contents.items():
+            if content is None or not content.intact or (content.rank, content.step) != (rank, at_step):
+                raise Broken(f"I1: rank {rank} takes {content} for step {at_step}")
+        states = {content.state for content in contents.values() if content}
+        if len(states) != 1:
+            raise Broken(f"I1: a mix of histories: {contents}")
+        return states.pop()
+
+    def one_acts(self) -> None:
+        """I4: whoever may act now is the only one."""
+        leading = [n for n in self._sim.nodes.values() if n.seat.election.leader == n.name and n.up and not n.paused]
+        if len(leading) > 1:
+            acting = [(n.name, n.seat.election.term) for n in leading if n.seat.election.may_act(n.clock())]
+            if len(acting) > 1:
+                raise Broken(f"I4: {acting} may act at once")
+
+    def obeyed(self, node: "Node", order: m.Command) -> None:
+        """I4: an order is obeyed; in its generation nobody else's are."""
+        if isinstance(order, (m.Join, m.Pull, m.Load, m.Safe)):
+            by = (node.seat.election.leader, node.seat.election.term)
+            if self._obeyed.setdefault(order.generation, by) != by:
+                raise Broken(f"I4: {node.name} obeys {by} in generation {order.generation}, which is another's")
+
+    def decision(self, node: "Node", before: Cluster | None, after: Cluster, orders: list[m.Command]) -> None:
+        """Look at what a coordinator has just decided."""
+        if before is not None and after.rules is before.rules and after.generation < before.generation:
+            raise Broken("the generation went backwards")
+        if not orders:
+            return
+        joins = [order for order in orders if isinstance(order, m.Join)]
+        if joins:
+            self._joined(after, joins)
+        for order in orders:
+            if isinstance(order, m.Note) and order.event == "safe":
+                self._note_safe(after, order.details["step"])
+            elif isinstance(order, m.Note) and order.event == "plan":
+                self._planned(after)
+        if len(after.copies) > 8 * after.rules.world_size or len(after.misses) > 100:
+            raise Broken("knowledge grows without a bound")
+
+    def _joined(self, cluster: Cluster, joins: list[m.Join]) -> None:
+        if cluster.phase not in (Phase.JOINING, Phase.RUNNING):
+            raise Broken(f"told to join while {cluster.phase}")
+        if sorted(cluster.ranks) != list(range(cluster.rules.world_size)):
+            raise Broken(f"a rank without a node: {cluster.ranks}")
+        if len(set(cluster.ranks.values())) != cluster.rules.world_size:
+            raise Broken(f"a node with two ranks: {cluster.ranks}")
+        if any(not cluster.members[name].alive for name in cluster.ranks.values()):
+            raise Broken("a rank on an evicted node")
+        if {join.rank: join.node for join in joins} != dict(cluster.ranks):
+            raise Broken("not everybody was told to join")
+        if len({(j.generation, j.step, j.store) for j in joins}) != 1 or joins[0].generation != cluster.generation:
+            raise Broken(f"different joins: {joins}")
+
+    def _note_safe(self, cluster: Cluster, at_step: int) -> None:
+        """Verified on all its holders: hold that against the truth, and remember it."""
+        states = {}
+        for rank, name in cluster.ranks.items():
+            checksum = cluster.copies[rank, at_step][name].checksum
+            states[rank] = checksum
+        self._safe = {at_step: states}
+
+    def _planned(self, cluster: Cluster) -> None:
+        plan, safe = cluster.plan, self._safe
+        assert plan is not None
+        for at_step, checksums in safe.items():
+            if plan.step >= at_step:
+                continue
+            if all(self._survives(cluster, rank, at_step, checksum) for rank, checksum in checksums.items()):
+                raise Broken(f"I3: back to step {plan.step}, though step {at_step} is whole ({plan.reason})")
+            self._safe = {}
+
+    def _survives(self, cluster: Cluster, rank: int, at_step: int, checksum: int) -> bool:
+        for name, member in cluster.members.items():
+            node = self._sim.nodes[name]
+            if member.alive and node.up:
+                for content in node.arena.values():
+                    same = (content.rank, content.step, content.checksum) == (rank, at_step, checksum)
+                    if same and content.intact:
+                        return True
+        return False
+
+    def end(self) -> None:
+        """The run is over: it says why, and `finished` is true."""
+        sim = self._sim
+        if sim.outcome not in ("finished", "stopped", "failed") or not sim.reason:
+            raise Broken(f"it ended as {sim.outcome!r}: {sim.reason!r}")
+        done: Any = min(sim.cluster.stepped.values(), default=FRESH)
+        begun = sim.cluster.plan.step if sim.cluster.plan else FRESH
+        if sim.outcome == "finished" and max(done, begun) < sim.rules.total_steps:
+            raise Broken(f"finished, and yet rank steps are {sim.cluster.stepped}")
