@@ -42,6 +42,10 @@ class Network:
                 delay_s = self._clock.some(self.delay_s) * (100 if self._clock.chance(4 * self.disorder) else 1)
                 self._clock.after(delay_s, arrive, *args)
 
+    def quiet_at(self, line: Line) -> float:
+        """When the last message that is on its way will have arrived."""
+        return self._last.get(line, 0.0)
+
     def cut(self, lines: Iterable[Line]) -> None:
         for line in lines:
             self.cuts[line] = self.cuts.get(line, 0) + 1

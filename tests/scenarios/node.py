@@ -256,7 +256,8 @@ class Node:
             self._callers[sender] = sender_life
             for answer in self.seat.obey(self.clock(), message):
                 self._answer(sender, answer)
-            self._inform()
+            if isinstance(message, m.Lead) and sender == self.seat.leader:  # now there is a line to it
+                self._inform()
             self.sim.looked_at(self)
         elif isinstance(message, m.Command):
             if sender == self.seat.leader:

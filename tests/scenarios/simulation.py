@@ -14,7 +14,7 @@ from typing import Any
 
 from gemini_hpc.core import messages as m
 from gemini_hpc.core.placement import held_by
-from gemini_hpc.core.state import Checkpoint, Cluster, Phase, Rules
+from gemini_hpc.core.state import Checkpoint, Cluster, Phase, Rules, new_cluster
 from gemini_hpc.core.types import FRESH
 from tests.scenarios.invariants import Broken, Invariants
 from tests.scenarios.network import Line, Network
@@ -89,6 +89,7 @@ class Simulation:
         self._up: dict[str, m.NodeUp] = {}
         self._exited: dict[str, m.NodeExited] = {}
         self._leader, self._term = "", 0
+        self._known = new_cluster(self.rules, 0.0)
         self._world = 0
         if published is not None:
             self.manifests[published.step] = dict(published.files)
@@ -263,8 +264,11 @@ class Simulation:
         for other in self.nodes.values():  # whose connection breaks
             if other.up and other.seat.cluster is not None:
                 self.network.send((node.name, other.name), self._disconnected, other, node.name)
-        if seen:
-            self.after(self.some(self.exit_s), self._exit, node)
+        if seen:  # after its last words
+            last_words = self.network.quiet_at((node.name, CLUSTER)) - self.now
+            self.after(max(self.some(self.exit_s), last_words), self._exit, node)
+        if not any(n.up for n in self.nodes.values()):
+            self.after(10 * self.exit_s, self._all_gone)
 
     def _disconnected(self, node: Node, lost: str) -> None:
         if node.up:
@@ -276,7 +280,9 @@ class Simulation:
         self._tell_all(self._exited[node.name])
         if self.return_s is not None:
             self.after(self.some(self.return_s), self._come_back, node)
-        if not any(n.up for n in self.nodes.values()) and not self.outcome:
+
+    def _all_gone(self) -> None:
+        if not self.outcome and not any(n.up for n in self.nodes.values()):
             self.end("failed", "no node is left")
 
     def _come_back(self, node: Node) -> None:
