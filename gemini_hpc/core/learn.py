@@ -114,6 +114,8 @@ def _on_inventory(turn: Turn, event: Inventory) -> None:
         snapshot_bytes=event.snapshot_bytes,
         host_world=event.world if event.host else 0,
     )
+    if event.generation:
+        turn.set(begun=True)
     world = turn.cluster.world
     if event.world > world.number:
         turn.set(world=World(event.world, event.members, "ready", turn.now))

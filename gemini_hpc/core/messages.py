@@ -86,16 +86,15 @@ class Heartbeat(Event):
 
 @dataclass(frozen=True)
 class Vote(Event):
-    """The answer to a RequestVote, with the term that the voter is in and the newest generation it knows of."""
+    """The answer to a RequestVote: granted for `term`; or not, for the voter knows of a leader in `term`."""
 
     term: int
     granted: bool
-    generation: int
 
 
 @dataclass(frozen=True)
 class Deposed(Event):
-    """The answer to a Lead of an old term."""
+    """The answer to a Lead of an old term: somebody has led in `term`."""
 
     term: int
 
@@ -339,11 +338,10 @@ class RequestVote(Command):
 
 @dataclass(frozen=True)
 class Lead(Command):
-    """`leader` leads in `term`, and `generation` is the newest it opened. To the cluster, when it is elected, too."""
+    """`leader` leads in `term`. To the cluster, when it is elected, too."""
 
     leader: str
     term: int
-    generation: int
     sent: float  # by the leader's clock; comes back in the answer
 
 

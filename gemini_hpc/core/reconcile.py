@@ -42,7 +42,7 @@ def _keep_world(turn: Turn) -> None:
     world = turn.cluster.world
     if world.state == "starting" or not hosts:
         return
-    if world.number == 0 and any(not m.snapshot_bytes for m in turn.alive):
+    if world.state == "none" and any(not m.snapshot_bytes for m in turn.alive):
         return  # at the start, one world for all rather than one for each that comes
     if world.state == "ready":
         without = [node for node in hosts if turn.cluster.members[node].host_world != world.number]
@@ -57,8 +57,8 @@ def _keep_world(turn: Turn) -> None:
     rest_s = min(world.failures - 1.0, WORLD_REST_S)  # a second more after each failure in a row
     if world.state == "lost" and turn.now - world.since < rest_s:
         return
-    number = world.number + 1
-    turn.set(world=World(number, hosts, "starting", turn.now, world.failures), pulls={})
+    number = turn.cluster.worlds + 1
+    turn.set(worlds=number, pulls={}, world=World(number, hosts, "starting", turn.now, world.failures))
     turn.order(StartWorld("", number, hosts))
     turn.note("world", number=number, state="started", reason="")
 
@@ -74,7 +74,7 @@ def _form(turn: Turn) -> None:
     if not turn.cluster.counted:
         turn.set(counted=True, ranks=recovery.last_ranks(turn.alive), copies=recovery.all_copies(turn.alive))
     cluster = turn.cluster
-    if cluster.generation == 0 and any(m.worker is not Worker.IDLE for m in turn.alive):
+    if not cluster.begun and any(m.worker is not Worker.IDLE for m in turn.alive):
         return  # the first time, wait for all that were asked for
     if cluster.fruitless > cluster.rules.max_fruitless:
         turn.save_and_stop(f"{cluster.fruitless} generations in a row ended before a step was done")
@@ -95,6 +95,7 @@ def _form(turn: Turn) -> None:
         if cluster.ranks.get(rank) != node:
             turn.note("promote", target=node, rank=rank, generation=generation)
     turn.set(
+        begun=True,
         generation=generation,
         plan=plan,
         ranks=plan.ranks,

@@ -101,7 +101,7 @@ class Turn:
         """The node lives, its worker does not: start another there, unless it keeps failing."""
         member, rules = self.cluster.members[node], self.cluster.rules
         self.note("suspect", target=node, evidence="worker", reason=reason)
-        if member.restarts >= rules.max_restarts and self.cluster.generation == 0:  # nobody could ever start
+        if member.restarts >= rules.max_restarts and not self.cluster.begun:  # nobody could ever start
             self.save_and_stop(f"the worker of {node} failed {member.restarts + 1} times in a row: {reason}")
             return
         if member.restarts >= rules.max_restarts:
