@@ -16,10 +16,11 @@ enters a new term only when somebody leads in it: whoever was cut off for a whil
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from gemini_hpc.core.messages import Command, Deposed, Event, Heartbeat, Lead, NodeExited, RequestVote, Tick, Vote
+from gemini_hpc.core.types import changed
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ Step = tuple[Election, list[Event | Command]]
 def _on_tick(election: Election, now: float, _: Tick) -> Step:
     if election.leads:
         if election.may_act(now):
-            election = replace(election, granted_at=now)
+            election = changed(election, granted_at=now)
         return _beat(election, now) if now - election.asked >= election.beat_s else (election, [])
     present = election.present()
     if election.node not in present or election.follows(now):
@@ -105,7 +106,7 @@ def _on_tick(election: Election, now: float, _: Tick) -> Step:
 def _stand(election: Election, now: float) -> Step:
     ballot = _next_term(election, max(election.term, election.ballot))
     # if nobody wins, the next to try is the first of those who are left
-    election = replace(election, ballot=ballot, votes=frozenset({election.node}), free_since=now + election.lease_s)
+    election = changed(election, ballot=ballot, votes=frozenset({election.node}), free_since=now + election.lease_s)
     return _count(election, now)
 
 
@@ -119,19 +120,19 @@ def _count(election: Election, now: float) -> Step:
     if not election.is_majority(election.votes - election.dead.keys(), now):
         return _ask(election, now)
     won: dict[str, Any] = {"term": election.ballot, "leader": election.node, "ballot": 0}
-    return _beat(replace(election, **won, echoes={}, heard=now, granted_at=now), now)
+    return _beat(changed(election, **won, echoes={}, heard=now, granted_at=now), now)
 
 
 def _ask(election: Election, now: float) -> Step:
     """Ask everybody who has not answered yet; again and again, for the question may be lost."""
     asked = [voter for voter in election.present() if voter not in election.votes]
-    return replace(election, asked=now), [RequestVote(voter, election.node, election.ballot) for voter in asked]
+    return changed(election, asked=now), [RequestVote(voter, election.node, election.ballot) for voter in asked]
 
 
 def _beat(election: Election, now: float) -> Step:
     """Tell everybody who leads; what comes back is the lease."""
     lead: list[Event | Command] = [Lead(node, election.node, election.term, now) for node in election.peers]
-    return replace(election, asked=now), lead
+    return changed(election, asked=now), lead
 
 
 def _on_request_vote(election: Election, now: float, request: RequestVote) -> Step:
@@ -140,7 +141,7 @@ def _on_request_vote(election: Election, now: float, request: RequestVote) -> St
     if bound or not known or request.term <= election.term:
         return election, [Vote(election.node, election.term, False)]
     # it does not stand against the one for whom it votes
-    election = replace(election, ballot=0, free_since=now + election.lease_s)
+    election = changed(election, ballot=0, free_since=now + election.lease_s)
     return election, [Vote(election.node, request.term, True)]
 
 
@@ -148,7 +149,7 @@ def _on_vote(election: Election, now: float, vote: Vote) -> Step:
     if not election.ballot:
         return election, []
     if vote.granted and vote.term == election.ballot:
-        return _count(replace(election, votes=election.votes | {vote.node}), now)
+        return _count(changed(election, votes=election.votes | {vote.node}), now)
     return (_without_leader(election, vote.term), []) if vote.term >= election.ballot else (election, [])
 
 
@@ -159,13 +160,13 @@ def _on_lead(election: Election, now: float, lead: Lead) -> Step:
     if lead.leader != election.leader and election.follows(now):
         promised = max(promised, election.heard + election.lease_s)
     known: dict[str, Any] = {"term": lead.term, "leader": lead.leader, "ballot": 0, "heard": now, "promised": promised}
-    election = replace(election, **known, free_since=now + election.lease_s)
+    election = changed(election, **known, free_since=now + election.lease_s)
     return election, [Heartbeat(election.node, lead.sent)] if now >= promised else []
 
 
 def _on_heartbeat(election: Election, now: float, beat: Heartbeat) -> Step:
     newest = max(beat.echo, election.echoes.get(beat.node, -1.0))
-    return replace(election, echoes={**election.echoes, beat.node: newest}), []
+    return changed(election, echoes={**election.echoes, beat.node: newest}), []
 
 
 def _on_deposed(election: Election, now: float, told: Deposed) -> Step:
@@ -174,13 +175,13 @@ def _on_deposed(election: Election, now: float, told: Deposed) -> Step:
 
 def _without_leader(election: Election, term: int) -> Election:
     """Somebody has led in a newer term: nobody that this node has heard of."""
-    return replace(election, term=term, leader="", ballot=0)
+    return changed(election, term=term, leader="", ballot=0)
 
 
 def _on_node_exited(election: Election, now: float, event: NodeExited) -> Step:
-    election = replace(election, dead={event.node: now, **election.dead})
+    election = changed(election, dead={event.node: now, **election.dead})
     if event.node == election.leader:
-        election = replace(election, free_since=now)
+        election = changed(election, free_since=now)
     return _count(election, now) if election.ballot else (election, [])  # a majority of fewer
 
 

@@ -1,7 +1,6 @@
 """What an event tells: evidence, progress, copies. Stale generations and evicted nodes tell nothing."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from gemini_hpc.core.messages import (
@@ -30,10 +29,7 @@ from gemini_hpc.core.messages import (
 )
 from gemini_hpc.core.state import Checkpoint, Copy, Member, Phase, Worker, World, next_persist
 from gemini_hpc.core.turn import Turn
-from gemini_hpc.core.types import FRESH
-
-STALL_SHARE = 0.5
-"""If we ourselves slept for more than this share of the heartbeat timeout, silence proves nothing."""
+from gemini_hpc.core.types import FRESH, changed
 
 BAD_READS = 3
 """After so many reads that arrived damaged, the source is what is damaged."""
@@ -78,13 +74,7 @@ def _heard(turn: Turn, member: Member) -> None:
 
 
 def _tick(turn: Turn) -> None:
-    rules, last = turn.cluster.rules, turn.cluster.last_tick
-    turn.set(last_tick=turn.now)
-    if last >= 0 and turn.now - last > rules.heartbeat_timeout_s * STALL_SHARE:
-        for member in turn.alive:  # we were not running ourselves: start counting anew
-            if member.heard >= 0:
-                turn.set_member(member.node, heard=turn.now)
-        return
+    rules = turn.cluster.rules
     for member in turn.alive:
         if member.heard >= 0 and turn.now - member.heard > rules.heartbeat_timeout_s:
             turn.suspect(member.node, "heartbeat", f"silent for {turn.now - member.heard:.1f} s")
@@ -289,7 +279,7 @@ def _on_host_ready(turn: Turn, event: HostReady) -> None:
         return
     members = turn.cluster.members
     if all(members[n].host_world == world.number for n in world.members if members[n].alive):
-        turn.set(world=replace(world, state="ready", since=turn.now, failures=0))
+        turn.set(world=changed(world, state="ready", since=turn.now, failures=0))
         turn.note("world", number=world.number, state="ready", reason="")
 
 

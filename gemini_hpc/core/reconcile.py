@@ -1,14 +1,13 @@
 """What should be: looks only at the state, never at an event, and orders the next moves towards it."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from gemini_hpc.core import recovery, replication
 from gemini_hpc.core.messages import Join, Load, Persist, Pull, Safe, StartWorld
 from gemini_hpc.core.state import Phase, Source, Worker, World
 from gemini_hpc.core.turn import Turn
-from gemini_hpc.core.types import FRESH
+from gemini_hpc.core.types import FRESH, changed
 
 WORLD_REST_S = 30.0
 """The longest pause between two attempts to start an MPI world that does not start."""
@@ -47,10 +46,10 @@ def _keep_world(turn: Turn) -> None:
     if world.state == "ready":
         without = [node for node in hosts if turn.cluster.members[node].host_world != world.number]
         if not without:
-            turn.set(world=replace(world, without_since=-1.0))
+            turn.set(world=changed(world, without_since=-1.0))
             return
         if world.without_since < 0:
-            turn.set(world=replace(world, without_since=turn.now))
+            turn.set(world=changed(world, without_since=turn.now))
             return
         if turn.now - world.without_since < rules.suspect_s:
             return  # the loss of a host is often the first sign of the loss of its node

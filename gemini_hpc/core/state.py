@@ -140,7 +140,7 @@ class Cluster:
     stepped: Mapping[int, int] = field(default_factory=dict)  # rank -> newest step done in this generation
     done_since: float = -1.0  # all ranks have done the last step
     trouble_since: float = -1.0  # a collective of this generation failed
-    last_tick: float = -1.0
+    last_turn: float = -1.0  # when the last event was taken
     copies: Copies = field(default_factory=dict)
     pulls: Mapping[str, Pull] = field(default_factory=dict)  # holder -> its one outstanding pull
     pull_since: Mapping[str, float] = field(default_factory=dict)  # holder -> when it was ordered
