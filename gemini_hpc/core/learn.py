@@ -18,6 +18,7 @@ from gemini_hpc.core.messages import (
     Persisted,
     Published,
     Resumed,
+    Safe,
     Sealed,
     Stepped,
     Surveyed,
@@ -27,7 +28,7 @@ from gemini_hpc.core.messages import (
     WorkerReady,
     WorldFailed,
 )
-from gemini_hpc.core.state import Checkpoint, Copy, Member, Phase, Worker, World, next_persist
+from gemini_hpc.core.state import Checkpoint, Cluster, Copy, Member, Phase, Worker, World, next_persist
 from gemini_hpc.core.turn import Turn
 from gemini_hpc.core.types import FRESH, changed
 
@@ -176,6 +177,10 @@ def _on_stepped(turn: Turn, event: Stepped) -> None:
     cluster = turn.cluster
     if event.generation != cluster.generation or cluster.phase not in (Phase.JOINING, Phase.RUNNING):
         return
+    if cluster.stepped.get(event.rank, FRESH) >= event.step:  # said again: perhaps it has not heard what is safe
+        if cluster.safe_step > FRESH:
+            turn.order(Safe(event.node, cluster.generation, cluster.safe_step))
+        return
     stepped = {**cluster.stepped, event.rank: event.step}
     first = len(stepped) == cluster.rules.world_size > len(cluster.stepped)
     turn.set(stepped=stepped)
@@ -190,9 +195,19 @@ def _on_sealed(turn: Turn, event: Sealed) -> None:
     cluster = turn.cluster
     if event.generation != cluster.generation or cluster.ranks.get(event.rank) != event.node:
         return
-    if cluster.phase in (Phase.JOINING, Phase.RUNNING):
+    if cluster.phase in (Phase.JOINING, Phase.RUNNING) and not _is_overtaken(cluster, event):
         copy = Copy(0, event.half, event.nbytes, event.checksum, event.generation)
         turn.add_copy(event.rank, event.step, event.node, copy)
+
+
+def _is_overtaken(cluster: Cluster, event: Sealed) -> bool:
+    """Whether a newer snapshot took its place: an agent says again what it said, and messages may cross."""
+    newer = (
+        places[event.node]
+        for (rank, at_step), places in cluster.copies.items()
+        if rank == event.rank and at_step > event.step and event.node in places
+    )
+    return event.step < cluster.safe_step or any((copy.area, copy.half) == (0, event.half) for copy in newer)
 
 
 def _on_copied(turn: Turn, event: Copied) -> None:
@@ -223,7 +238,7 @@ def _on_pulled(turn: Turn, event: Copied) -> None:
     if pull.generation != cluster.generation and (cluster.plan is None or event.step > cluster.plan.step):
         return  # of a history that was abandoned
     _take_copy(turn, event, pull.origin)
-    if event.reason == "deadline":
+    if event.reason in ("deadline", "gone"):  # gone: so says a coordinator before this one
         turn.note("host_lost", target=event.source, reason="nobody can read from it")
         turn.shun_host(event.source)
     key = (event.rank, event.step, event.source)

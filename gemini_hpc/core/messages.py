@@ -367,7 +367,7 @@ class Abort(Command):
 
 @dataclass(frozen=True)
 class Pull(Command):
-    """Read `rank`'s snapshot from MPI rank `target` into (area, half) and verify it against `checksum`.
+    """Read `rank`'s snapshot from MPI rank `target` of `world` into (area, half) and verify it against `checksum`.
 
     `origin` is the generation in which the snapshot was taken, `generation` that of the order.
     """
@@ -377,6 +377,7 @@ class Pull(Command):
     rank: int
     step: int
     source: str
+    world: int
     target: int
     source_area: int
     source_half: int
@@ -424,8 +425,9 @@ class Safe(Command):
 
 @dataclass(frozen=True)
 class Gone(Command):
-    """These MPI ranks are dead: never touch their windows again."""
+    """These MPI ranks of `world` are dead: never touch their windows again."""
 
+    world: int
     targets: tuple[int, ...]
 
 

@@ -208,6 +208,7 @@ def _pull(turn: Turn, want: replication.Missing) -> bool:
         rank=want.rank,
         step=want.step,
         source=want.source,
+        world=world.number,
         target=world.members.index(want.source),
         source_area=want.copy.area,
         source_half=want.copy.half,
@@ -262,9 +263,13 @@ def _advance_safe(turn: Turn) -> None:
 
 def _start_persist(turn: Turn) -> None:
     cluster = turn.cluster
+    if cluster.persisting != FRESH and turn.now - cluster.persist_since > cluster.rules.finish_s:
+        turn.note("persist_failed", step=cluster.persisting, reason="some node did not answer in time")
+        turn.end_persist()
+        cluster = turn.cluster
     if cluster.persisting != FRESH or cluster.safe_step < cluster.next_persist:
         return
-    turn.set(persisting=cluster.safe_step, files={})
+    turn.set(persisting=cluster.safe_step, persist_since=turn.now, files={})
     for rank, node in cluster.ranks.items():
         copy = cluster.copies[rank, cluster.safe_step][node]
         turn.order(Persist(node, rank, cluster.safe_step, 0, copy.half, copy.nbytes, copy.checksum))

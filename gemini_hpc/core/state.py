@@ -153,6 +153,7 @@ class Cluster:
     worlds: int = 0  # the number of the last that this coordinator started
     world: World = World()
     persisting: int = FRESH  # step that is being written to the persistent tier
+    persist_since: float = -1.0
     files: Mapping[int, tuple[str, int, int]] = field(default_factory=dict)
     publisher: str = ""  # who was told to publish it
     last_loss: str = ""  # why the last node was evicted

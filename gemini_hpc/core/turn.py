@@ -58,6 +58,7 @@ class Turn:
             phase_since=later(cluster.phase_since),
             done_since=later(cluster.done_since),
             trouble_since=later(cluster.trouble_since),
+            persist_since=later(cluster.persist_since),
             pull_since={node: later(since) for node, since in cluster.pull_since.items()},
             world=changed(
                 cluster.world, since=later(cluster.world.since), without_since=later(cluster.world.without_since)
@@ -151,7 +152,7 @@ class Turn:
         self.set(pulls=pulls)
         for other in self.alive:
             if other.host_world == world.number:
-                self.order(Gone(other.node, (world.members.index(node),)))
+                self.order(Gone(other.node, world.number, (world.members.index(node),)))
 
     def world_lost(self, number: int, reason: str) -> None:
         world = self.cluster.world

@@ -25,7 +25,7 @@ class Invariants:
     def __init__(self, sim: "Simulation") -> None:
         self._sim = sim
         self._obeyed: dict[int, tuple[str, int]] = {}  # generation -> whose orders were obeyed in it
-        self._safe: dict[int, dict[int, int]] = {}  # step -> rank -> state, of the newest safe step
+        self._safe: dict[int, dict[int, int]] = {}  # step -> rank -> checksum, of the newest safe step
 
     def one_history(self, at_step: int, contents: "dict[int, Content | None]") -> int:
         """I1: hold what the ranks restore, or what a checkpoint is made of, against one another."""
@@ -84,12 +84,10 @@ class Invariants:
             raise Broken(f"different joins: {joins}")
 
     def _note_safe(self, cluster: Cluster, at_step: int) -> None:
-        """Verified on all its holders: hold that against the truth, and remember it."""
-        states = {}
-        for rank, name in cluster.ranks.items():
-            checksum = cluster.copies[rank, at_step][name].checksum
-            states[rank] = checksum
-        self._safe = {at_step: states}
+        """It is verified on all holders, says the coordinator: remember what that step is."""
+        if all(cluster.copies.get((rank, at_step)) for rank in cluster.ranks):  # not lost again in the same breath
+            checksums = {r: next(iter(cluster.copies[r, at_step].values())).checksum for r in cluster.ranks}
+            self._safe = {at_step: checksums}
 
     def _planned(self, cluster: Cluster, to_step: int, reason: str) -> None:
         for at_step, checksums in self._safe.items():

@@ -22,6 +22,7 @@ TICK_S = 0.15
 LEASE_TIMEOUTS = 10
 ARCHIVE_S = 3.0
 RESTART_S = 0.5
+REPEAT_S = 1.0
 NBYTES = 1000
 
 
@@ -173,6 +174,8 @@ class Node:
         self.built, self.store = False, ""
         self.arena: dict[tuple[int, int], Content] = {}
         self.safe_step = FRESH
+        self._last_step: m.Stepped | None = None
+        self._said_again = self.started
         self.host: Host | None = None
         self._last_host: m.HostReady | None = None
         self.archiver = Archiver(self)
@@ -222,10 +225,21 @@ class Node:
             self._restart_archiver()
         elif 0 < self._archiver_due <= now:
             self._restart_archiver()
+        if now > self._said_again + REPEAT_S:
+            self._said_again = now
+            self._say_again()
         self._decide(m.Tick(""))
         if self.seat.cluster is not None and not self.seat.cluster.surveyed and not self._surveying:
             self._surveying = True
             self.sim.after(self.sim.some(self.sim.survey_s), self._surveyed)
+
+    def _say_again(self) -> None:
+        """A line may have broken, and a message with it: repeat what is told only once."""
+        if self._last_step is not None:
+            self.tell(self._last_step)
+        for half in (0, 1):
+            if self.host is not None and self.host.ready:
+                self.host.seal(half)
 
     def pause(self) -> None:
         self.paused = True
@@ -350,9 +364,11 @@ class Node:
             if self.worker is not None:
                 self.worker.take(order)
         elif isinstance(order, (m.Pull, m.Gone)):
-            if self.host is not None and self.host.alive and isinstance(order, m.Pull):
+            if self.host is None or not self.host.alive or order.world != self.host.world:
+                return  # of a world that is no more
+            if isinstance(order, m.Pull):
                 self.host.pull(order)
-            elif self.host is not None and isinstance(order, m.Gone):
+            else:
                 self.host.gone |= set(order.targets)
         else:
             self.archiving.append((self.clock(), order))
@@ -401,6 +417,8 @@ class Node:
             self.state, self.reason = "lost", message.reason
         elif isinstance(message, m.Parked):
             self.state, self.store = "idle", message.store
+        elif isinstance(message, m.Stepped):
+            self._last_step = message
         elif isinstance(message, m.HostReady):
             self._last_host = message
             for half in (0, 1):

@@ -63,7 +63,7 @@ class Schedule:
             not self.disorder
             and lost <= self.shape[1]
             and 2 * (sum(self.shape[:2]) - lost) > sum(self.shape[:2])
-            and not any(fault.kind in ("corrupt_file", "split") for fault in self.faults)
+            and not any(fault.kind in ("corrupt_file", "split") or fault.other == CLUSTER for fault in self.faults)
         )
 
 

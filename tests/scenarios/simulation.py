@@ -267,7 +267,7 @@ class Simulation:
         if seen:  # after its last words
             last_words = self.network.quiet_at((node.name, CLUSTER)) - self.now
             self.after(max(self.some(self.exit_s), last_words), self._exit, node)
-        if not any(n.up for n in self.nodes.values()):
+        if not self._voters():
             self.after(10 * self.exit_s, self._all_gone)
 
     def _disconnected(self, node: Node, lost: str) -> None:
@@ -282,8 +282,12 @@ class Simulation:
             self.after(self.some(self.return_s), self._come_back, node)
 
     def _all_gone(self) -> None:
-        if not self.outcome and not any(n.up for n in self.nodes.values()):
-            self.end("failed", "no node is left")
+        """Nodes that came back have no vote: without any other nobody will ever lead."""
+        if not self.outcome:
+            self.end("failed", "no node is left that could lead")
+
+    def _voters(self) -> list[Node]:
+        return [node for node in self.nodes.values() if node.up and node.life == 0]
 
     def _come_back(self, node: Node) -> None:
         if not self.outcome:
