@@ -39,6 +39,7 @@ class Election:
     promised: float = -1.0  # until when it answers no other leader: the one before may live on its last answer
     dead: Mapping[str, float] = field(default_factory=dict)  # the cluster says so: since when
     ballot: int = 0  # the term for which it stands; 0 = it does not
+    voted: int = 0  # the newest term for which it voted
     votes: frozenset[str] = frozenset()  # for this node, in that term
     asked: float = -1.0  # when it last sent something, as a candidate or as the leader
     echoes: Mapping[str, float] = field(default_factory=dict)  # node -> newest of our own times that it sent back
@@ -105,9 +106,9 @@ def _on_tick(election: Election, now: float, _: Tick) -> Step:
 
 def _stand(election: Election, now: float) -> Step:
     ballot = _next_term(election, max(election.term, election.ballot))
-    # if nobody wins, the next to try is the first of those who are left
-    election = changed(election, ballot=ballot, votes=frozenset({election.node}), free_since=now + election.lease_s)
-    return _count(election, now)
+    # if it does not win it lets others try: it may be deaf, and those who vote for it do not stand meanwhile
+    again = now + 2 * election.lease_s
+    return _count(changed(election, ballot=ballot, votes=frozenset({election.node}), free_since=again), now)
 
 
 def _next_term(election: Election, term: int) -> int:
@@ -140,8 +141,8 @@ def _on_request_vote(election: Election, now: float, request: RequestVote) -> St
     known = {request.candidate, election.node} <= set(election.present())
     if bound or not known or request.term <= election.term:
         return election, [Vote(election.node, election.term, False)]
-    # it does not stand against the one for whom it votes
-    election = changed(election, ballot=0, free_since=now + election.lease_s)
+    if request.term > election.voted:  # and now it does not stand against the one for whom it votes
+        election = changed(election, voted=request.term, ballot=0, free_since=now + election.lease_s)
     return election, [Vote(election.node, request.term, True)]
 
 

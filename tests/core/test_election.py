@@ -133,6 +133,16 @@ def test_two_candidates_at_once_do_not_block_each_other_for_long() -> None:
     assert len(agents.acting()) == 1
 
 
+def test_a_candidate_that_hears_nobody_does_not_keep_the_others_from_electing_one() -> None:
+    """Its question is heard by all, and their votes are lost: again and again."""
+    agents = Agents(5)
+    agents.run(1.0)
+    agents.cut = {(other, "n1") for other in agents.names}
+    agents.die("n0")
+    agents.run(4 * LEASE_S)
+    assert agents.acting() == ["n2"]
+
+
 def test_terms_are_a_nodes_own() -> None:
     seen: set[int] = set()
     for name in ("n0", "n1", "n2"):
