@@ -117,11 +117,18 @@ def _on_inventory(turn: Turn, event: Inventory) -> None:
 
 
 def _on_surveyed(turn: Turn, event: Surveyed) -> None:
-    if turn.cluster.surveyed:
+    cluster = turn.cluster
+    below = cluster.survey_below
+    if cluster.surveyed or (below is not None and event.step >= below):
         return
-    files = {int(rank): (name, nbytes, checksum) for rank, (name, nbytes, checksum) in event.files.items()}
-    found = Checkpoint(event.step, files) if event.step > FRESH else None
-    turn.set(surveyed=True, published=found, next_persist=next_persist(turn.cluster.rules, max(event.step, 0)))
+    if below is not None and event.step == FRESH:  # rather than quietly from the beginning
+        turn.finish("failed", f"the checkpoint of step {below} is damaged, and there is no older one")
+        return
+    turn.set(surveyed=True)
+    if event.step > turn.published_step():
+        files = {int(rank): (name, nbytes, checksum) for rank, (name, nbytes, checksum) in event.files.items()}
+        turn.set(published=Checkpoint(event.step, files))
+    turn.set(next_persist=next_persist(cluster.rules, max(turn.published_step(), 0)))
 
 
 def _on_worker_ready(turn: Turn, event: WorkerReady) -> None:
@@ -218,7 +225,8 @@ def _on_copied(turn: Turn, event: Copied) -> None:
         _take_copy(turn, event, 0)
         failures = turn.cluster.misses.get((event.rank, event.step, ""), 0)
         if failures > turn.cluster.rules.max_restarts:
-            turn.finish("failed", f"rank {event.rank} of step {event.step} cannot be loaded: {event.reason}")
+            turn.set(surveyed=False, survey_below=event.step, published=None)
+            turn.open_generation(f"rank {event.rank} of step {event.step} cannot be loaded: {event.reason}")
 
 
 def _on_pulled(turn: Turn, event: Copied) -> None:
@@ -306,8 +314,8 @@ def _on_host_lost(turn: Turn, event: HostLost) -> None:
 
 def _on_persisted(turn: Turn, event: Persisted) -> None:
     cluster = turn.cluster
-    if event.step != cluster.persisting:
-        return
+    if event.step != cluster.persisting or event.checksum != cluster.persist_sums.get(event.rank):
+        return  # of an order that was given up, perhaps of another history
     if not event.ok:
         turn.note("persist_failed", step=event.step, rank=event.rank, reason=event.reason)
         if cluster.phase is Phase.SAVING:  # another holder may be able to
@@ -326,6 +334,8 @@ def _on_persisted(turn: Turn, event: Persisted) -> None:
 
 def _on_published(turn: Turn, event: Published) -> None:
     if event.step != turn.cluster.persisting:
+        if event.ok and event.step > turn.published_step():  # a coordinator before this one had ordered it
+            turn.set(surveyed=False)
         return
     if event.ok:
         turn.set(published=Checkpoint(event.step, turn.cluster.files))

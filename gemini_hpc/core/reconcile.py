@@ -135,7 +135,8 @@ def _save(turn: Turn) -> None:
             return
         node, copy = min(places.items())
         turn.order(Persist(node, rank, cluster.persisting, copy.area, copy.half, copy.nbytes, copy.checksum))
-        turn.set(savers={**turn.cluster.savers, rank: node})
+        sums = {**turn.cluster.persist_sums, rank: copy.checksum}
+        turn.set(savers={**turn.cluster.savers, rank: node}, persist_sums=sums)
 
 
 def _gather(turn: Turn) -> None:
@@ -269,9 +270,11 @@ def _start_persist(turn: Turn) -> None:
         cluster = turn.cluster
     if cluster.persisting != FRESH or cluster.safe_step < cluster.next_persist:
         return
-    turn.set(persisting=cluster.safe_step, persist_since=turn.now, files={})
-    for rank, node in cluster.ranks.items():
-        copy = cluster.copies[rank, cluster.safe_step][node]
+    copies = {rank: cluster.copies[rank, cluster.safe_step][node] for rank, node in cluster.ranks.items()}
+    sums = {rank: copy.checksum for rank, copy in copies.items()}
+    turn.set(persisting=cluster.safe_step, persist_since=turn.now, persist_sums=sums, files={})
+    for rank, copy in copies.items():
+        node = cluster.ranks[rank]
         turn.order(Persist(node, rank, cluster.safe_step, 0, copy.half, copy.nbytes, copy.checksum))
 
 

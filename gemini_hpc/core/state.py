@@ -129,6 +129,7 @@ class Cluster:
     members: Mapping[str, Member]
     begun: bool = False  # whether any worker was ever told to join
     surveyed: bool = False  # whether the persistent tier was looked at
+    survey_below: int | None = None  # checkpoints from this step on proved to be damaged
     counted: bool = False  # whether what the members reported has been put together
     phase: Phase = Phase.FORMING
     phase_since: float = 0.0
@@ -154,6 +155,7 @@ class Cluster:
     world: World = World()
     persisting: int = FRESH  # step that is being written to the persistent tier
     persist_since: float = -1.0
+    persist_sums: Mapping[int, int] = field(default_factory=dict)  # rank -> the checksum of what it is to write
     files: Mapping[int, tuple[str, int, int]] = field(default_factory=dict)
     publisher: str = ""  # who was told to publish it
     last_loss: str = ""  # why the last node was evicted

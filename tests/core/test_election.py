@@ -236,7 +236,7 @@ def test_a_dead_node_counts_until_the_lease_that_it_gave_has_run_out() -> None:
     agents.die("n3", "n4", seen_by=["n1", "n2"])
     for _ in range(60):  # the assertion is in `give`: never two
         agents.run(STEP_S)
-    assert agents.acting() == ["n1"]
+    assert agents.acting() in (["n1"], ["n2"])
 
 
 def test_a_leader_does_not_come_back_to_life_by_the_deaths_of_the_others() -> None:

@@ -237,8 +237,9 @@ class Node:
         """A line may have broken, and a message with it: repeat what is told only once."""
         if self._last_step is not None:
             self.tell(self._last_step)
-        for half in (0, 1):
-            if self.host is not None and self.host.ready:
+        if self.host is not None and self.host.alive and self.host.ready and self._last_host is not None:
+            self.tell(self._last_host)
+            for half in (0, 1):
                 self.host.seal(half)
 
     def pause(self) -> None:
@@ -342,7 +343,8 @@ class Node:
     def _surveyed(self) -> None:
         self._surveying = False
         if self.up:
-            self.from_child(self.sim.survey())
+            below = self.seat.cluster.survey_below if self.seat.cluster is not None else None
+            self.from_child(self.sim.survey(below))
 
     def _obey(self, order: m.Command) -> None:
         if not self.sim.obeys(self, order):

@@ -221,8 +221,8 @@ class Simulation:
         self.invariants.one_history(order.step, contents)
         self.manifests[order.step] = {rank: (entry[0], entry[1], entry[2]) for rank, entry in named.items()}
 
-    def survey(self) -> m.Surveyed:
-        newest = max(self.manifests, default=FRESH)
+    def survey(self, below: int | None) -> m.Surveyed:
+        newest = max((step for step in self.manifests if below is None or step < below), default=FRESH)
         files = {str(rank): list(entry) for rank, entry in self.manifests.get(newest, {}).items()}
         return m.Surveyed("", newest, files)
 
