@@ -133,7 +133,9 @@ def _save(turn: Turn) -> None:
         if not places:
             turn.finish("stopped", f"{cluster.stopping}; rank {rank} of step {cluster.persisting} could not be saved")
             return
-        node, copy = min(places.items())
+        asked_so_far = list(turn.cluster.savers.values())
+        node = min(places, key=lambda place: (asked_so_far.count(place), place))  # so that many write at once
+        copy = places[node]
         turn.order(Persist(node, rank, cluster.persisting, copy.area, copy.half, copy.nbytes, copy.checksum))
         sums = {**turn.cluster.persist_sums, rank: copy.checksum}
         turn.set(savers={**turn.cluster.savers, rank: node}, persist_sums=sums)

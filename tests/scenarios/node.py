@@ -20,7 +20,7 @@ CLUSTER = "cluster"
 BEAT_S = 0.3
 TICK_S = 0.15
 LEASE_TIMEOUTS = 10
-ARCHIVE_S = 3.0
+ARCHIVE_S = 5.0
 RESTART_S = 0.5
 REPEAT_S = 1.0
 NBYTES = 1000
@@ -122,7 +122,9 @@ class Archiver:
         if self.alive and not self.busy and self.node.archiving:
             self.busy = True
             sim = self.node.sim
-            sim.after(sim.some(sim.persist_s), self._do, self.node.archiving[0][1])
+            order = self.node.archiving[0][1]
+            takes_s = 0.02 if isinstance(order, m.Publish) else sim.persist_s
+            sim.after(sim.some(takes_s), self._do, order)
 
     def _do(self, order: m.Command) -> None:
         if not self.alive or self.hung or not self.node.up:
@@ -228,7 +230,7 @@ class Node:
         if now > self._said_again + REPEAT_S:
             self._said_again = now
             self._say_again()
-        self._decide(m.Tick(""))
+        self.decide(m.Tick(""))
         if self.seat.cluster is not None and not self.seat.cluster.surveyed and not self._surveying:
             self._surveying = True
             self.sim.after(self.sim.some(self.sim.survey_s), self._surveyed)
@@ -237,9 +239,8 @@ class Node:
         """A line may have broken, and a message with it: repeat what is told only once."""
         if self._last_step is not None:
             self.tell(self._last_step)
-        if self.host is not None and self.host.alive and self.host.ready and self._last_host is not None:
-            self.tell(self._last_host)
-            for half in (0, 1):
+        for half in (0, 1):
+            if self.host is not None and self.host.ready:
                 self.host.seal(half)
 
     def pause(self) -> None:
@@ -270,7 +271,7 @@ class Node:
         if isinstance(message, (m.RequestVote, m.Lead)):
             self._callers[sender] = sender_life
             for answer in self.seat.obey(self.clock(), message):
-                self._answer(sender, answer)
+                self.answer(sender, answer)
             if isinstance(message, m.Lead) and sender == self.seat.leader:  # now there is a line to it
                 self._inform()
             self.sim.looked_at(self)
@@ -280,9 +281,9 @@ class Node:
         elif isinstance(message, m.Event) and sender in (CLUSTER, message.node):
             if isinstance(message, m.NodeUp):
                 self._lives[message.node] = int(message.endpoint)
-            self._decide(message)
+            self.decide(message)
 
-    def _decide(self, event: m.Event) -> None:
+    def decide(self, event: m.Event) -> None:
         """Give the seat an event, or the time, and carry out what it says."""
         before = self.seat.cluster
         if isinstance(event, m.Tick):
@@ -308,7 +309,7 @@ class Node:
     def say_to_cluster(self, message: m.Message) -> None:
         self.sim.network.send((self.name, CLUSTER), self.sim.cluster_hears, self.name, self.life, message)
 
-    def _answer(self, caller: str, event: m.Event) -> None:
+    def answer(self, caller: str, event: m.Event) -> None:
         if self.sim.intercept is not None and self.sim.intercept(event):
             self.sim.held.append((self, caller, event))
             return
@@ -319,7 +320,7 @@ class Node:
     def tell(self, event: m.Event) -> None:
         """Report to the coordinator, if there is one that has our inventory."""
         if self.seat.leader and self.seat.leader == self._informed[0]:
-            self._answer(self.seat.leader, event)
+            self.answer(self.seat.leader, event)
 
     def _inform(self) -> None:
         election = self.seat.election
@@ -411,7 +412,7 @@ class Node:
 
     def _from_child(self, message: m.Event) -> None:
         if isinstance(message, m.Surveyed):
-            self._decide(message)
+            self.decide(message)
             return
         if isinstance(message, m.WorkerReady):
             self.state, self.built, self.store = "idle", True, message.store
@@ -427,7 +428,7 @@ class Node:
                 if self.host is not None:
                     self.sim.after(self.sim.some(0.003), self.host.seal, half)
         elif isinstance(message, (m.Persisted, m.Published)) or (isinstance(message, m.Copied) and not message.source):
-            self.archiving = self.archiving[1:]
+            self.archiving = [(self.clock(), order) for _, order in self.archiving[1:]]
             self.archiver.next()
         self.tell(message)
 

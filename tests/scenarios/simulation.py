@@ -371,16 +371,22 @@ class Simulation:
             if key[:2] == (at_step, rank):
                 self.files[key] = replace(content, state=666)
 
-    def take(self, event: m.Event) -> None:
-        """Give the coordinator one event now."""
+    def take(self, event: m.Event) -> tuple[m.Command, ...]:
+        """Give the coordinator one event now; return what it orders."""
         assert self.leader is not None
-        self.leader._decide(event)
+        said = len(self.history)
+        self.leader.decide(event)
+        return self.history[-1][3] if len(self.history) > said else ()
+
+    def tell(self, event: m.Event) -> None:
+        """Have the agent of `event.node` report it."""
+        self.nodes[event.node].tell(event)
 
     def release(self) -> None:
         """Let the events that the test held arrive now."""
         held, self.held, self.intercept = self.held, [], None
         for node, caller, event in held:
-            node._answer(caller, event)
+            node.answer(caller, event)
 
 
 __all__ = ["CLUSTER", "NBYTES", "Broken", "Content", "Simulation", "rules"]
