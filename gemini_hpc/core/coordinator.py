@@ -11,7 +11,6 @@ from gemini_hpc.core.reconcile import reconcile
 from gemini_hpc.core.state import Cluster, Phase
 from gemini_hpc.core.turn import Turn
 
-
 STALL_SHARE = 0.5
 """A pause between two events that is longer than this share of the heartbeat timeout is one of our own."""
 
@@ -21,7 +20,7 @@ def step(cluster: Cluster, now: float, event: Event) -> tuple[Cluster, list[Comm
     turn = Turn(cluster, now)
     if cluster.phase is not Phase.FINISHED:
         pause_s = now - cluster.last_turn
-        if 0 <= cluster.last_turn and pause_s > STALL_SHARE * cluster.rules.heartbeat_timeout_s:
+        if cluster.last_turn >= 0 and pause_s > STALL_SHARE * cluster.rules.heartbeat_timeout_s:
             turn.forgive(pause_s)
         turn.set(last_turn=now)
         learn(turn, event)

@@ -2,15 +2,17 @@
 
 I1  All ranks of a group restore one step of one history: nothing torn, nothing mixed, nobody else's.
 I3  No plan goes behind a safe step while every rank's snapshot of it lies intact on some node that the coordinator
-    counts as living. (So losses of fewer than m nodes of each group never reach the persistent tier.)
+    counts as living, and its bytes can be read. (So losses of fewer than m nodes of each group, once the coordinator
+    noted a step to be safe, never reach the persistent tier.)
 I4  In a generation the orders of one coordinator in one term are obeyed, and at any time one node at most may act.
-I5, I6  are what a schedule asks of the end of the run: see `schedules`.
+I5  A run that stops has saved what was safe. What else I5 and I6 ask of a run's end is in `schedules`.
 """
 
 from typing import TYPE_CHECKING
 
 from gemini_hpc.core import messages as m
 from gemini_hpc.core.state import Cluster, Phase
+from gemini_hpc.core.types import FRESH
 
 if TYPE_CHECKING:
     from tests.scenarios.node import Content, Node
@@ -25,7 +27,7 @@ class Invariants:
     def __init__(self, sim: "Simulation") -> None:
         self._sim = sim
         self._obeyed: dict[int, tuple[str, int]] = {}  # generation -> whose orders were obeyed in it
-        self.windows_work = True  # else reads never end, and a bound for them is all that one can ask for
+        self.windows_work = True
         self._safe: dict[int, dict[int, int]] = {}  # step -> rank -> checksum, of the newest safe step
 
     def one_history(self, at_step: int, contents: "dict[int, Content | None]") -> int:
@@ -67,6 +69,8 @@ class Invariants:
                 self._note_safe(after, order.details["step"])
             elif isinstance(order, m.Note) and order.event == "plan":
                 self._planned(after, order.details["step"], order.details["reason"])
+            elif isinstance(order, m.Finish) and not order.node and order.state == "stopped":
+                self._stopped(after, order.reason)
         if len(after.copies) > 8 * after.rules.world_size or len(after.misses) > 100:
             raise Broken("knowledge grows without a bound")
 
@@ -92,11 +96,24 @@ class Invariants:
 
     def _planned(self, cluster: Cluster, to_step: int, reason: str) -> None:
         for at_step, checksums in self._safe.items():
-            if to_step >= at_step or self._sim.network.disorder or not self.windows_work:
+            if to_step >= at_step or self._nobody_can_read():
                 continue
             if all(self._survives(cluster, rank, at_step, checksum) for rank, checksum in checksums.items()):
                 raise Broken(f"I3: back to step {to_step}, though step {at_step} is whole ({reason})")
             self._safe = {}
+
+    def _stopped(self, cluster: Cluster, reason: str) -> None:
+        """I5: what was safe is on the persistent tier, unless the tier, or the loss of the copies, forbade it."""
+        saved = cluster.published.step if cluster.published else FRESH
+        for at_step, checksums in self._safe.items():
+            whole = all(self._survives(cluster, rank, at_step, checksum) for rank, checksum in checksums.items())
+            if saved < at_step and whole and "could not be saved" not in reason:
+                raise Broken(f"I5: stopped with step {saved} saved, though step {at_step} is whole: {reason}")
+
+    def _nobody_can_read(self) -> bool:
+        """Reads may fail for as long as they like, and a bound for them is all that one can ask for."""
+        network = self._sim.network
+        return bool(network.cuts or network.disorder) or not self.windows_work
 
     def _survives(self, cluster: Cluster, rank: int, at_step: int, checksum: int) -> bool:
         for name, member in cluster.members.items():

@@ -223,9 +223,8 @@ class Node:
             self.sim.forsaken.append(self.name)
             self.leave()
             return
-        if self.archiving and now - self.archiving[0][0] > ARCHIVE_S:
-            self._restart_archiver()
-        elif 0 < self._archiver_due <= now:
+        hung = self.archiving and now - self.archiving[0][0] > ARCHIVE_S
+        if hung or 0 < self._archiver_due <= now:
             self._restart_archiver()
         if now > self._said_again + REPEAT_S:
             self._said_again = now
@@ -286,10 +285,8 @@ class Node:
     def decide(self, event: m.Event) -> None:
         """Give the seat an event, or the time, and carry out what it says."""
         before = self.seat.cluster
-        if isinstance(event, m.Tick):
-            orders = self.seat.tick(self.clock())
-        else:
-            orders = self.seat.hear(self.clock(), event)
+        now = self.clock()
+        orders = self.seat.tick(now) if isinstance(event, m.Tick) else self.seat.hear(now, event)
         if orders or before is not self.seat.cluster:
             self.sim.decided(self, before, event, orders)
         for order in orders:

@@ -344,7 +344,9 @@ def test_the_last_checkpoint_that_is_never_answered_does_not_hold_up_the_end() -
 def test_a_worker_that_keeps_failing_costs_its_node() -> None:
     cluster = started(total_steps=200)
     for _ in range(4):
-        cluster.run(lambda c: c.nodes["n1"].worker.alive and c.nodes["n1"].worker.state in ("building", "joining", "training"))
+        cluster.run(
+            lambda c: c.nodes["n1"].worker.alive and c.nodes["n1"].worker.state in ("building", "joining", "training")
+        )
         cluster.kill_worker("n1")
         lost = len(cluster.said("evict"))
         cluster.run(lambda c, lost=lost: len(c.said("evict")) > lost)
