@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help run test check lab bench clean FORCE
+.PHONY: help run test simulate-faults check lab bench clean FORCE
 
 # Modules loaded on a cluster often set these; packages from outside would be taken for our own.
 unexport PYTHONPATH PYTHONHOME
@@ -14,7 +14,7 @@ ARGS ?=
 PY := .venv/bin/python
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 22
 	echo 'Options are passed on with ARGS, as in: make run ARGS="--nodes 3 train.steps=60"'
 
 run: .venv/.ready ## the main job: train, lose a node, go on (python -m gemini_hpc.submit)
@@ -22,6 +22,10 @@ run: .venv/.ready ## the main job: train, lose a node, go on (python -m gemini_h
 
 test: .venv/.ready ## all tests
 	@exec $(PY) -m pytest $(ARGS)
+
+SEEDS ?= 0:100000
+simulate-faults: .venv/.ready ## schedules of failures on a simulated cluster (SEEDS=0:100000; one seed is replayed)
+	@exec $(PY) -m tests.scenarios.schedules $(SEEDS) $(ARGS)
 
 check: .venv/.ready ## format, lint, types, import contracts, shell scripts, then all tests
 	@$(PY) -m ruff format --check

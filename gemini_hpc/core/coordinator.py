@@ -11,11 +11,18 @@ from gemini_hpc.core.reconcile import reconcile
 from gemini_hpc.core.state import Cluster, Phase
 from gemini_hpc.core.turn import Turn
 
+STALL_SHARE = 0.5
+"""A pause between two events that is longer than this share of the heartbeat timeout is one of our own."""
+
 
 def step(cluster: Cluster, now: float, event: Event) -> tuple[Cluster, list[Command]]:
     """Take one event at time `now` (seconds, any monotonic clock); return the new state and the orders."""
     turn = Turn(cluster, now)
     if cluster.phase is not Phase.FINISHED:
+        pause_s = now - cluster.last_turn
+        if cluster.last_turn >= 0 and pause_s > STALL_SHARE * cluster.rules.heartbeat_timeout_s:
+            turn.forgive(pause_s)
+        turn.set(last_turn=now)
         learn(turn, event)
         if not isinstance(event, Heartbeat):  # there are many; the next tick looks at what they mean
             reconcile(turn)

@@ -1,25 +1,26 @@
 """Who coordinates: one agent at a time, elected by a majority, and only for as long as a majority answers it.
 
-Terms and votes are those of Raft (Ongaro and Ousterhout, 2014) without its log: a coordinator has nothing to
-replicate, since all that it knows can be asked from the agents again. Two rules make "one at a time" hold:
+What makes "one at a time" hold is the lease. A leader may act only while a majority has answered something that it
+sent less than `lease_s` ago, and an agent that answered a leader answers no other before that lease has run out. Two
+leaders that may act would have a voter in common, and it would have answered both: it cannot have. However slow the
+network; only the rates of the clocks matter, not what they show.
 
-- A voter that heard its leader within `lease_s` votes for nobody else. A leader may act only while a majority has
-  answered something that it sent less than `lease_s` ago. So before a new leader can be elected, the old one has
-  stopped by itself, however slow the network; only the rates of the clocks matter, not what they show.
-- Votes and answers carry the newest generation that the voter knows, and a leader gives no order in a generation
-  before a majority knows it. So the next leader, elected by another majority, starts beyond it.
+The voters are the nodes of the start. One that is only silent counts. One that the cluster says is gone (its process
+has exited, Slurm says DOWN) no longer does, so that two nodes, or the last one, can go on; but it does for one more
+lease, in which another leader may still live on its answer (unless nobody else is left who could lead). A node that
+comes back does not vote.
 
-The voters are the nodes of the start. One that the cluster says is gone (its process has exited, Slurm says DOWN)
-no longer counts, so that two nodes, or the last one, can go on; one that is only silent does count. A node that
-comes back has forgotten its votes and gets none. A candidate takes the new term for itself only when it wins: one
-that was cut off for a while disturbs nobody when it is back.
+Terms and votes keep the peace: they choose whom the others answer. The terms are dealt out to the nodes in turn, so
+that no two of them ever lead in the same one. A voter that follows a living leader votes for nobody, and an agent
+enters a new term only when somebody leads in it: whoever was cut off for a while disturbs nobody when it is back.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from gemini_hpc.core.messages import Command, Deposed, Event, Heartbeat, Lead, NodeExited, RequestVote, Tick, Vote
+from gemini_hpc.core.types import changed
 
 
 @dataclass(frozen=True)
@@ -27,18 +28,18 @@ class Election:
     """What one agent knows of who leads. Times in seconds of its own monotonic clock."""
 
     node: str
-    voters: tuple[str, ...]  # of the start, in order of preference
+    voters: tuple[str, ...]  # of the start, in order of preference; of nobody, where this node has no vote
     peers: tuple[str, ...]  # all nodes: whom a leader tells that it leads
     beat_s: float
     lease_s: float
-    free_since: float  # from when on it may vote, and stand itself
-    term: int = 0  # the newest it has heard of
-    choice: str = ""  # for whom it has voted in this term
+    free_since: float  # from when on it may stand itself
+    term: int = 0  # the newest in which anybody led
     leader: str = ""  # who leads in this term; "" = nobody that it knows of
     heard: float = -1.0  # when the leader last spoke
-    generation: int = 0  # the newest that any leader opened
-    dead: frozenset[str] = frozenset()  # the cluster says so
+    promised: float = -1.0  # until when it answers no other leader: the one before may live on its last answer
+    dead: Mapping[str, float] = field(default_factory=dict)  # the cluster says so: since when
     ballot: int = 0  # the term for which it stands; 0 = it does not
+    voted: int = 0  # the newest term for which it voted
     votes: frozenset[str] = frozenset()  # for this node, in that term
     asked: float = -1.0  # when it last sent something, as a candidate or as the leader
     echoes: Mapping[str, float] = field(default_factory=dict)  # node -> newest of our own times that it sent back
@@ -53,14 +54,24 @@ class Election:
         alive = self.leader not in ("", self.node) and self.leader not in self.dead
         return alive and now < self.heard + self.lease_s
 
-    def may_act(self, now: float, since: float = -1.0) -> bool:
-        """Whether this node leads, and a majority answered what it sent within the lease (and not before `since`)."""
-        oldest = max(now - self.lease_s, since)
-        living = self._living()
-        answered = [voter for voter in living if voter == self.node or self.echoes.get(voter, -1.0) >= oldest]
-        return self.leads and 2 * len(answered) > len(living)
+    def may_act(self, now: float) -> bool:
+        """Whether this node leads, and a majority answered what it sent within the lease."""
+        if not self.leads:
+            return False
+        oldest = now - self.lease_s
+        answered = {voter for voter in self.voters if self.echoes.get(voter, -1.0) >= oldest}
+        return self.is_majority(answered | {self.node}, now)
 
-    def _living(self) -> list[str]:
+    def is_majority(self, some: set[str] | frozenset[str], now: float) -> bool:
+        counted = self.voters
+        if self.dead:
+            alone = all(voter in self.dead for voter in counted if voter != self.node)
+            gone = [node for node, since in self.dead.items() if alone or now >= since + self.lease_s]
+            counted = tuple(voter for voter in counted if voter not in gone)
+        return 2 * sum(voter in some for voter in counted) > len(counted)
+
+    def present(self) -> list[str]:
+        """The voters that may still be there."""
         return [voter for voter in self.voters if voter not in self.dead]
 
 
@@ -81,99 +92,97 @@ Step = tuple[Election, list[Event | Command]]
 
 
 def _on_tick(election: Election, now: float, _: Tick) -> Step:
-    if election.may_act(now):
-        election = replace(election, granted_at=now)
     if election.leads:
+        if election.may_act(now):
+            election = changed(election, granted_at=now)
         return _beat(election, now) if now - election.asked >= election.beat_s else (election, [])
-    living = election._living()
-    if election.node not in living or election.follows(now):
+    present = election.present()
+    if election.node not in present or election.follows(now):
         return election, []
-    if now >= election.free_since + living.index(election.node) * election.beat_s:
+    if now >= election.free_since + present.index(election.node) * election.beat_s:
         return _stand(election, now)
-    return _ask(election, now) if election.ballot and now - election.asked >= election.beat_s else (election, [])
+    return _count(election, now) if election.ballot and now - election.asked >= election.beat_s else (election, [])
 
 
 def _stand(election: Election, now: float) -> Step:
-    ballot = max(election.term, election.ballot) + 1
-    # if nobody wins, the next to try is the first of the living
-    election = replace(election, ballot=ballot, votes=frozenset({election.node}), free_since=now + election.lease_s)
-    return _count(election, now)
+    ballot = _next_term(election, max(election.term, election.ballot))
+    # if it does not win it lets others try: it may be deaf, and those who vote for it do not stand meanwhile
+    again = now + 2 * election.lease_s
+    return _count(changed(election, ballot=ballot, votes=frozenset({election.node}), free_since=again), now)
+
+
+def _next_term(election: Election, term: int) -> int:
+    """Return the first after `term` that belongs to this node: terms 1, n + 1, ... to the first of n voters."""
+    size = len(election.voters)
+    return term + 1 + (election.voters.index(election.node) - term) % size
+
+
+def _count(election: Election, now: float) -> Step:
+    if not election.is_majority(election.votes - election.dead.keys(), now):
+        return _ask(election, now)
+    won: dict[str, Any] = {"term": election.ballot, "leader": election.node, "ballot": 0}
+    return _beat(changed(election, **won, echoes={}, heard=now, granted_at=now), now)
 
 
 def _ask(election: Election, now: float) -> Step:
     """Ask everybody who has not answered yet; again and again, for the question may be lost."""
-    asked = [voter for voter in election._living() if voter not in election.votes]
-    return replace(election, asked=now), [RequestVote(voter, election.node, election.ballot) for voter in asked]
-
-
-def _count(election: Election, now: float) -> Step:
-    if 2 * len(election.votes - election.dead) <= len(election._living()):
-        return _ask(election, now)
-    won: dict[str, Any] = {"term": election.ballot, "choice": election.node, "leader": election.node, "ballot": 0}
-    return _beat(replace(election, **won, echoes={}, heard=now, granted_at=now), now)
+    asked = [voter for voter in election.present() if voter not in election.votes]
+    return changed(election, asked=now), [RequestVote(voter, election.node, election.ballot) for voter in asked]
 
 
 def _beat(election: Election, now: float) -> Step:
     """Tell everybody who leads; what comes back is the lease."""
-    lead: list[Event | Command] = [
-        Lead(node, election.node, election.term, election.generation, now) for node in election.peers
-    ]
-    return replace(election, asked=now), lead
-
-
-def open_generation(election: Election, now: float, generation: int) -> Step:
-    """A leader's own: have a majority know of `generation` before any order is given in it."""
-    return _beat(replace(election, generation=generation), now)
+    lead: list[Event | Command] = [Lead(node, election.node, election.term, now) for node in election.peers]
+    return changed(election, asked=now), lead
 
 
 def _on_request_vote(election: Election, now: float, request: RequestVote) -> Step:
-    living = election._living()
-    bound = election.may_act(now) if election.leads else election.follows(now)
-    taken = request.term == election.term and election.choice != request.candidate
-    granted = {request.candidate, election.node} <= set(living) and not bound and not taken
-    if granted and request.term >= election.term:
-        known: dict[str, Any] = {"term": request.term, "choice": request.candidate, "leader": "", "ballot": 0}
-        election = replace(election, **known, free_since=now + election.lease_s)
-        return election, [Vote(election.node, election.term, True, election.generation)]
-    return election, [Vote(election.node, election.term, False, election.generation)]
+    bound = election.may_act(now) or election.follows(now)
+    known = {request.candidate, election.node} <= set(election.present())
+    if bound or not known or request.term <= election.term:
+        return election, [Vote(election.node, election.term, False)]
+    if request.term > election.voted:  # and now it does not stand against the one for whom it votes
+        election = changed(election, voted=request.term, ballot=0, free_since=now + election.lease_s)
+    return election, [Vote(election.node, request.term, True)]
 
 
 def _on_vote(election: Election, now: float, vote: Vote) -> Step:
     if not election.ballot:
         return election, []
     if vote.granted and vote.term == election.ballot:
-        generation = max(vote.generation, election.generation)
-        return _count(replace(election, votes=election.votes | {vote.node}, generation=generation), now)
-    return (_follow(election, vote.term), []) if vote.term >= election.ballot else (election, [])
+        return _count(changed(election, votes=election.votes | {vote.node}), now)
+    return (_without_leader(election, vote.term), []) if vote.term >= election.ballot else (election, [])
 
 
 def _on_lead(election: Election, now: float, lead: Lead) -> Step:
-    if lead.term < election.term or (lead.term == election.term and election.leader not in ("", lead.leader)):
+    if lead.term < election.term:
         return election, [Deposed(election.node, election.term)]
-    known: dict[str, Any] = {"term": lead.term, "choice": lead.leader, "leader": lead.leader, "ballot": 0}
-    generation = max(lead.generation, election.generation)
-    election = replace(election, **known, heard=now, generation=generation, free_since=now + election.lease_s)
-    return election, [Heartbeat(election.node, lead.sent)]
+    promised = election.promised
+    if lead.leader != election.leader and election.follows(now):
+        promised = max(promised, election.heard + election.lease_s)
+    known: dict[str, Any] = {"term": lead.term, "leader": lead.leader, "ballot": 0, "heard": now, "promised": promised}
+    election = changed(election, **known, free_since=now + election.lease_s)
+    return election, [Heartbeat(election.node, lead.sent)] if now >= promised else []
 
 
 def _on_heartbeat(election: Election, now: float, beat: Heartbeat) -> Step:
     newest = max(beat.echo, election.echoes.get(beat.node, -1.0))
-    return replace(election, echoes={**election.echoes, beat.node: newest}), []
+    return changed(election, echoes={**election.echoes, beat.node: newest}), []
 
 
 def _on_deposed(election: Election, now: float, told: Deposed) -> Step:
-    return (_follow(election, told.term), []) if told.term > election.term else (election, [])
+    return (_without_leader(election, told.term), []) if told.term > election.term else (election, [])
 
 
-def _follow(election: Election, term: int) -> Election:
-    """Somebody knows of a newer term: nobody leads in it that this node has heard of."""
-    return replace(election, term=term, choice="", leader="", ballot=0)
+def _without_leader(election: Election, term: int) -> Election:
+    """Somebody has led in a newer term: nobody that this node has heard of."""
+    return changed(election, term=term, leader="", ballot=0)
 
 
 def _on_node_exited(election: Election, now: float, event: NodeExited) -> Step:
-    election = replace(election, dead=election.dead | {event.node})
+    election = changed(election, dead={event.node: now, **election.dead})
     if event.node == election.leader:
-        election = replace(election, free_since=now)
+        election = changed(election, free_since=now)
     return _count(election, now) if election.ballot else (election, [])  # a majority of fewer
 
 

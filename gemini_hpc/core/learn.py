@@ -1,12 +1,12 @@
 """What an event tells: evidence, progress, copies. Stale generations and evicted nodes tell nothing."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from gemini_hpc.core.messages import (
     Abort,
     Copied,
+    Damaged,
     Disconnected,
     Event,
     HostLost,
@@ -18,6 +18,7 @@ from gemini_hpc.core.messages import (
     Persisted,
     Published,
     Resumed,
+    Safe,
     Sealed,
     Stepped,
     Surveyed,
@@ -27,12 +28,9 @@ from gemini_hpc.core.messages import (
     WorkerReady,
     WorldFailed,
 )
-from gemini_hpc.core.state import Checkpoint, Copy, Member, Phase, Worker, World, next_persist
+from gemini_hpc.core.state import Checkpoint, Cluster, Copy, Member, Phase, Worker, World, next_persist
 from gemini_hpc.core.turn import Turn
-from gemini_hpc.core.types import FRESH
-
-STALL_SHARE = 0.5
-"""If we ourselves slept for more than this share of the heartbeat timeout, silence proves nothing."""
+from gemini_hpc.core.types import FRESH, changed
 
 BAD_READS = 3
 """After so many reads that arrived damaged, the source is what is damaged."""
@@ -77,13 +75,7 @@ def _heard(turn: Turn, member: Member) -> None:
 
 
 def _tick(turn: Turn) -> None:
-    rules, last = turn.cluster.rules, turn.cluster.last_tick
-    turn.set(last_tick=turn.now)
-    if last >= 0 and turn.now - last > rules.heartbeat_timeout_s * STALL_SHARE:
-        for member in turn.alive:  # we were not running ourselves: start counting anew
-            if member.heard >= 0:
-                turn.set_member(member.node, heard=turn.now)
-        return
+    rules = turn.cluster.rules
     for member in turn.alive:
         if member.heard >= 0 and turn.now - member.heard > rules.heartbeat_timeout_s:
             turn.suspect(member.node, "heartbeat", f"silent for {turn.now - member.heard:.1f} s")
@@ -113,6 +105,8 @@ def _on_inventory(turn: Turn, event: Inventory) -> None:
         snapshot_bytes=event.snapshot_bytes,
         host_world=event.world if event.host else 0,
     )
+    if event.generation:
+        turn.set(begun=True)
     world = turn.cluster.world
     if event.world > world.number:
         turn.set(world=World(event.world, event.members, "ready", turn.now))
@@ -123,11 +117,18 @@ def _on_inventory(turn: Turn, event: Inventory) -> None:
 
 
 def _on_surveyed(turn: Turn, event: Surveyed) -> None:
-    if turn.cluster.surveyed:
+    cluster = turn.cluster
+    below = cluster.survey_below
+    if cluster.surveyed or (below is not None and event.step >= below):
         return
-    files = {int(rank): (name, nbytes, checksum) for rank, (name, nbytes, checksum) in event.files.items()}
-    found = Checkpoint(event.step, files) if event.step > FRESH else None
-    turn.set(surveyed=True, published=found, next_persist=next_persist(turn.cluster.rules, max(event.step, 0)))
+    if below is not None and event.step == FRESH:  # rather than quietly from the beginning
+        turn.finish("failed", f"the checkpoint of step {below} is damaged, and there is no older one")
+        return
+    turn.set(surveyed=True)
+    if event.step > turn.published_step():
+        files = {int(rank): (name, nbytes, checksum) for rank, (name, nbytes, checksum) in event.files.items()}
+        turn.set(published=Checkpoint(event.step, files))
+    turn.set(next_persist=next_persist(cluster.rules, max(turn.published_step(), 0)))
 
 
 def _on_worker_ready(turn: Turn, event: WorkerReady) -> None:
@@ -183,6 +184,10 @@ def _on_stepped(turn: Turn, event: Stepped) -> None:
     cluster = turn.cluster
     if event.generation != cluster.generation or cluster.phase not in (Phase.JOINING, Phase.RUNNING):
         return
+    if cluster.stepped.get(event.rank, FRESH) >= event.step:  # said again: perhaps it has not heard what is safe
+        if cluster.safe_step > FRESH:
+            turn.order(Safe(event.node, cluster.generation, cluster.safe_step))
+        return
     stepped = {**cluster.stepped, event.rank: event.step}
     first = len(stepped) == cluster.rules.world_size > len(cluster.stepped)
     turn.set(stepped=stepped)
@@ -197,9 +202,19 @@ def _on_sealed(turn: Turn, event: Sealed) -> None:
     cluster = turn.cluster
     if event.generation != cluster.generation or cluster.ranks.get(event.rank) != event.node:
         return
-    if cluster.phase in (Phase.JOINING, Phase.RUNNING):
+    if cluster.phase in (Phase.JOINING, Phase.RUNNING) and not _is_overtaken(cluster, event):
         copy = Copy(0, event.half, event.nbytes, event.checksum, event.generation)
         turn.add_copy(event.rank, event.step, event.node, copy)
+
+
+def _is_overtaken(cluster: Cluster, event: Sealed) -> bool:
+    """Whether a newer snapshot took its place: an agent says again what it said, and messages may cross."""
+    newer = (
+        places[event.node]
+        for (rank, at_step), places in cluster.copies.items()
+        if rank == event.rank and at_step > event.step and event.node in places
+    )
+    return event.step < cluster.safe_step or any((copy.area, copy.half) == (0, event.half) for copy in newer)
 
 
 def _on_copied(turn: Turn, event: Copied) -> None:
@@ -210,7 +225,8 @@ def _on_copied(turn: Turn, event: Copied) -> None:
         _take_copy(turn, event, 0)
         failures = turn.cluster.misses.get((event.rank, event.step, ""), 0)
         if failures > turn.cluster.rules.max_restarts:
-            turn.finish("failed", f"rank {event.rank} of step {event.step} cannot be loaded: {event.reason}")
+            turn.set(surveyed=False, survey_below=event.step, published=None)
+            turn.open_generation(f"rank {event.rank} of step {event.step} cannot be loaded: {event.reason}")
 
 
 def _on_pulled(turn: Turn, event: Copied) -> None:
@@ -230,13 +246,21 @@ def _on_pulled(turn: Turn, event: Copied) -> None:
     if pull.generation != cluster.generation and (cluster.plan is None or event.step > cluster.plan.step):
         return  # of a history that was abandoned
     _take_copy(turn, event, pull.origin)
-    if event.reason == "deadline":
+    if event.reason in ("deadline", "gone"):  # gone: so says a coordinator before this one
         turn.note("host_lost", target=event.source, reason="nobody can read from it")
         turn.shun_host(event.source)
     key = (event.rank, event.step, event.source)
     if event.reason == "checksum" and turn.cluster.misses.get(key, 0) >= BAD_READS:
         turn.drop_copy(*key)
         turn.open_generation(f"the snapshot of rank {event.rank}, step {event.step} on {event.source} is damaged")
+
+
+def _on_damaged(turn: Turn, event: Damaged) -> None:
+    if event.generation != turn.cluster.generation:
+        return
+    turn.note("copy_failed", target=event.node, rank=event.rank, step=event.step, reason="checksum")
+    turn.drop_copy(event.rank, event.step, event.node)
+    turn.open_generation(f"the snapshot of rank {event.rank}, step {event.step} on {event.node} is damaged")
 
 
 def _take_copy(turn: Turn, event: Copied, origin: int) -> None:
@@ -278,7 +302,7 @@ def _on_host_ready(turn: Turn, event: HostReady) -> None:
         return
     members = turn.cluster.members
     if all(members[n].host_world == world.number for n in world.members if members[n].alive):
-        turn.set(world=replace(world, state="ready", since=turn.now, failures=0))
+        turn.set(world=changed(world, state="ready", since=turn.now, failures=0))
         turn.note("world", number=world.number, state="ready", reason="")
 
 
@@ -290,8 +314,8 @@ def _on_host_lost(turn: Turn, event: HostLost) -> None:
 
 def _on_persisted(turn: Turn, event: Persisted) -> None:
     cluster = turn.cluster
-    if event.step != cluster.persisting:
-        return
+    if event.step != cluster.persisting or event.checksum != cluster.persist_sums.get(event.rank):
+        return  # of an order that was given up, perhaps of another history
     if not event.ok:
         turn.note("persist_failed", step=event.step, rank=event.rank, reason=event.reason)
         if cluster.phase is Phase.SAVING:  # another holder may be able to
@@ -310,6 +334,8 @@ def _on_persisted(turn: Turn, event: Persisted) -> None:
 
 def _on_published(turn: Turn, event: Published) -> None:
     if event.step != turn.cluster.persisting:
+        if event.ok and event.step > turn.published_step():  # a coordinator before this one had ordered it
+            turn.set(surveyed=False)
         return
     if event.ok:
         turn.set(published=Checkpoint(event.step, turn.cluster.files))
@@ -329,6 +355,7 @@ _HANDLERS: dict[type[Event], Callable[[Turn, Any], None]] = {
     Stepped: _on_stepped,
     Sealed: _on_sealed,
     Copied: _on_copied,
+    Damaged: _on_damaged,
     Inventory: _on_inventory,
     HostReady: _on_host_ready,
     HostLost: _on_host_lost,

@@ -86,16 +86,15 @@ class Heartbeat(Event):
 
 @dataclass(frozen=True)
 class Vote(Event):
-    """The answer to a RequestVote, with the term that the voter is in and the newest generation it knows of."""
+    """The answer to a RequestVote: granted for `term`; or not, for the voter knows of a leader in `term`."""
 
     term: int
     granted: bool
-    generation: int
 
 
 @dataclass(frozen=True)
 class Deposed(Event):
-    """The answer to a Lead of an old term."""
+    """The answer to a Lead of an old term: somebody has led in `term`."""
 
     term: int
 
@@ -228,6 +227,15 @@ class HostLost(Event):
 
 
 @dataclass(frozen=True)
+class Damaged(Event):
+    """The snapshot that this worker was to restore from its own arena has not the checksum it was sealed with."""
+
+    generation: int
+    rank: int
+    step: int
+
+
+@dataclass(frozen=True)
 class Persisted(Event):
     """The end of a Persist: the shard's file is on the shared file system, or it is not."""
 
@@ -330,11 +338,10 @@ class RequestVote(Command):
 
 @dataclass(frozen=True)
 class Lead(Command):
-    """`leader` leads in `term`, and `generation` is the newest it opened. To the cluster, when it is elected, too."""
+    """`leader` leads in `term`. To the cluster, when it is elected, too."""
 
     leader: str
     term: int
-    generation: int
     sent: float  # by the leader's clock; comes back in the answer
 
 
@@ -360,7 +367,7 @@ class Abort(Command):
 
 @dataclass(frozen=True)
 class Pull(Command):
-    """Read `rank`'s snapshot from MPI rank `target` into (area, half) and verify it against `checksum`.
+    """Read `rank`'s snapshot from MPI rank `target` of `world` into (area, half) and verify it against `checksum`.
 
     `origin` is the generation in which the snapshot was taken, `generation` that of the order.
     """
@@ -370,6 +377,7 @@ class Pull(Command):
     rank: int
     step: int
     source: str
+    world: int
     target: int
     source_area: int
     source_half: int
@@ -417,8 +425,9 @@ class Safe(Command):
 
 @dataclass(frozen=True)
 class Gone(Command):
-    """These MPI ranks are dead: never touch their windows again."""
+    """These MPI ranks of `world` are dead: never touch their windows again."""
 
+    world: int
     targets: tuple[int, ...]
 
 

@@ -1,14 +1,13 @@
 """What should be: looks only at the state, never at an event, and orders the next moves towards it."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from gemini_hpc.core import recovery, replication
 from gemini_hpc.core.messages import Join, Load, Persist, Pull, Safe, StartWorld
 from gemini_hpc.core.state import Phase, Source, Worker, World
 from gemini_hpc.core.turn import Turn
-from gemini_hpc.core.types import FRESH
+from gemini_hpc.core.types import FRESH, changed
 
 WORLD_REST_S = 30.0
 """The longest pause between two attempts to start an MPI world that does not start."""
@@ -42,23 +41,23 @@ def _keep_world(turn: Turn) -> None:
     world = turn.cluster.world
     if world.state == "starting" or not hosts:
         return
-    if world.number == 0 and any(not m.snapshot_bytes for m in turn.alive):
+    if world.state == "none" and any(not m.snapshot_bytes for m in turn.alive):
         return  # at the start, one world for all rather than one for each that comes
     if world.state == "ready":
         without = [node for node in hosts if turn.cluster.members[node].host_world != world.number]
         if not without:
-            turn.set(world=replace(world, without_since=-1.0))
+            turn.set(world=changed(world, without_since=-1.0))
             return
         if world.without_since < 0:
-            turn.set(world=replace(world, without_since=turn.now))
+            turn.set(world=changed(world, without_since=turn.now))
             return
         if turn.now - world.without_since < rules.suspect_s:
             return  # the loss of a host is often the first sign of the loss of its node
     rest_s = min(world.failures - 1.0, WORLD_REST_S)  # a second more after each failure in a row
     if world.state == "lost" and turn.now - world.since < rest_s:
         return
-    number = world.number + 1
-    turn.set(world=World(number, hosts, "starting", turn.now, world.failures), pulls={})
+    number = turn.cluster.worlds + 1
+    turn.set(worlds=number, pulls={}, world=World(number, hosts, "starting", turn.now, world.failures))
     turn.order(StartWorld("", number, hosts))
     turn.note("world", number=number, state="started", reason="")
 
@@ -74,7 +73,7 @@ def _form(turn: Turn) -> None:
     if not turn.cluster.counted:
         turn.set(counted=True, ranks=recovery.last_ranks(turn.alive), copies=recovery.all_copies(turn.alive))
     cluster = turn.cluster
-    if cluster.generation == 0 and any(m.worker is not Worker.IDLE for m in turn.alive):
+    if not cluster.begun and any(m.worker is not Worker.IDLE for m in turn.alive):
         return  # the first time, wait for all that were asked for
     if cluster.fruitless > cluster.rules.max_fruitless:
         turn.save_and_stop(f"{cluster.fruitless} generations in a row ended before a step was done")
@@ -95,6 +94,7 @@ def _form(turn: Turn) -> None:
         if cluster.ranks.get(rank) != node:
             turn.note("promote", target=node, rank=rank, generation=generation)
     turn.set(
+        begun=True,
         generation=generation,
         plan=plan,
         ranks=plan.ranks,
@@ -133,9 +133,12 @@ def _save(turn: Turn) -> None:
         if not places:
             turn.finish("stopped", f"{cluster.stopping}; rank {rank} of step {cluster.persisting} could not be saved")
             return
-        node, copy = min(places.items())
+        asked_so_far = list(turn.cluster.savers.values())
+        node = min(places, key=lambda place: (asked_so_far.count(place), place))  # so that many write at once
+        copy = places[node]
         turn.order(Persist(node, rank, cluster.persisting, copy.area, copy.half, copy.nbytes, copy.checksum))
-        turn.set(savers={**turn.cluster.savers, rank: node})
+        sums = {**turn.cluster.persist_sums, rank: copy.checksum}
+        turn.set(savers={**turn.cluster.savers, rank: node}, persist_sums=sums)
 
 
 def _gather(turn: Turn) -> None:
@@ -208,6 +211,7 @@ def _pull(turn: Turn, want: replication.Missing) -> bool:
         rank=want.rank,
         step=want.step,
         source=want.source,
+        world=world.number,
         target=world.members.index(want.source),
         source_area=want.copy.area,
         source_half=want.copy.half,
@@ -262,11 +266,17 @@ def _advance_safe(turn: Turn) -> None:
 
 def _start_persist(turn: Turn) -> None:
     cluster = turn.cluster
+    if cluster.persisting != FRESH and turn.now - cluster.persist_since > cluster.rules.finish_s:
+        turn.note("persist_failed", step=cluster.persisting, reason="some node did not answer in time")
+        turn.end_persist()
+        cluster = turn.cluster
     if cluster.persisting != FRESH or cluster.safe_step < cluster.next_persist:
         return
-    turn.set(persisting=cluster.safe_step, files={})
-    for rank, node in cluster.ranks.items():
-        copy = cluster.copies[rank, cluster.safe_step][node]
+    copies = {rank: cluster.copies[rank, cluster.safe_step][node] for rank, node in cluster.ranks.items()}
+    sums = {rank: copy.checksum for rank, copy in copies.items()}
+    turn.set(persisting=cluster.safe_step, persist_since=turn.now, persist_sums=sums, files={})
+    for rank, copy in copies.items():
+        node = cluster.ranks[rank]
         turn.order(Persist(node, rank, cluster.safe_step, 0, copy.half, copy.nbytes, copy.checksum))
 
 

@@ -20,10 +20,10 @@ class Seat:
         self.cluster: Cluster | None = None  # while this node leads
         self._rules = rules
         self._term = 0  # in which `cluster` was made
+        self._started = now
         self._absent: dict[str, tuple[float, NodeExited]] = {}  # the cluster says they are gone: since when
+        self._seen = {node}  # nodes that the cluster ever said were up
         self._unheard: deque[Event] = deque()  # came while this leader could not be sure of a majority
-        self._orders: list[Command] = []  # of a generation of which a majority does not know yet
-        self._opened = -1.0  # when that was opened
 
     @property
     def leader(self) -> str:
@@ -47,6 +47,7 @@ class Seat:
             self._absent[event.node] = (now, event)
         elif isinstance(event, NodeUp):
             self._absent.pop(event.node, None)
+            self._seen.add(event.node)
         orders = self._elect(now, event)
         if self.cluster is not None and not isinstance(event, Tick):
             self._unheard.append(event)
@@ -55,7 +56,7 @@ class Seat:
     def tick(self, now: float) -> list[Command]:
         """Take the time."""
         orders = self._elect(now, Tick("")) + self._act(now)
-        if self.cluster is not None and not self._unheard and self.election.may_act(now, self._opened):
+        if self.cluster is not None and not self._unheard and self.election.may_act(now):
             self._unheard.append(Tick(""))
             orders += self._act(now)
         return orders
@@ -65,7 +66,7 @@ class Seat:
         self.election, said = election.step(self.election, now, event)
         orders = [order for order in said if isinstance(order, Command)]
         if self._change_role(now, heard):
-            orders.append(Lead("", self.election.node, self.election.term, self.election.generation, now))
+            orders.append(Lead("", self.election.node, self.election.term, now))
             reason = f"elected in term {self.election.term}" + (f" after {before}" if before else "")
             orders.append(Note("", "coordinator", {"target": self.election.node, "reason": reason}))
         return orders
@@ -78,31 +79,25 @@ class Seat:
             # who died after the last word of the leader before is this one's to deal with
             gone = [node for node, (since, _) in self._absent.items() if since < heard]
             self._unheard.extend(event for node, (_, event) in self._absent.items() if node not in gone)
-            self.cluster = new_cluster(self._rules, now, self.election.generation, gone)
+            self.cluster = new_cluster(self._rules, now, self._term, self._due(now, first=heard < 0), gone)
             return True
         if not self.election.leads and self.cluster is not None:
             self._forget()
         return False
 
+    def _due(self, now: float, first: bool) -> dict[str, float]:
+        """Return by when each node is to report: soon, where it is at work; at the start it may still be coming up."""
+        soon, starting = now + self._rules.takeover_s, self._started + self._rules.build_s
+        return {node: soon if node in self._seen and not first else max(soon, starting) for node in self._rules.nodes}
+
     def _forget(self) -> None:
-        self.cluster, self._opened = None, -1.0
+        self.cluster = None
         self._unheard.clear()
-        self._orders.clear()
 
     def _act(self, now: float) -> list[Command]:
         """Decide on what was heard, as long as a majority stands behind it."""
         orders: list[Command] = []
-        while self.cluster is not None and self.election.may_act(now, self._opened):
-            self._opened = -1.0
-            orders += self._orders
-            self._orders.clear()
-            if not self._unheard:
-                break
+        while self.cluster is not None and self._unheard and self.election.may_act(now):
             self.cluster, decided = coordinator.step(self.cluster, now, self._unheard.popleft())
-            if self.cluster.generation == self.election.generation:
-                orders += decided
-                continue
-            self._orders, self._opened = decided, now
-            self.election, told = election.open_generation(self.election, now, self.cluster.generation)
-            orders += [order for order in told if isinstance(order, Command)]
+            orders += decided
         return orders

@@ -127,7 +127,9 @@ class Cluster:
 
     rules: Rules
     members: Mapping[str, Member]
+    begun: bool = False  # whether any worker was ever told to join
     surveyed: bool = False  # whether the persistent tier was looked at
+    survey_below: int | None = None  # checkpoints from this step on proved to be damaged
     counted: bool = False  # whether what the members reported has been put together
     phase: Phase = Phase.FORMING
     phase_since: float = 0.0
@@ -139,7 +141,7 @@ class Cluster:
     stepped: Mapping[int, int] = field(default_factory=dict)  # rank -> newest step done in this generation
     done_since: float = -1.0  # all ranks have done the last step
     trouble_since: float = -1.0  # a collective of this generation failed
-    last_tick: float = -1.0
+    last_turn: float = -1.0  # when the last event was taken
     copies: Copies = field(default_factory=dict)
     pulls: Mapping[str, Pull] = field(default_factory=dict)  # holder -> its one outstanding pull
     pull_since: Mapping[str, float] = field(default_factory=dict)  # holder -> when it was ordered
@@ -149,8 +151,11 @@ class Cluster:
     safe_step: int = FRESH
     exposed: bool = True  # nothing is safe yet, or not again since the last recovery
     fruitless: int = 0  # generations since the last finished step
+    worlds: int = 0  # the number of the last that this coordinator started
     world: World = World()
     persisting: int = FRESH  # step that is being written to the persistent tier
+    persist_since: float = -1.0
+    persist_sums: Mapping[int, int] = field(default_factory=dict)  # rank -> the checksum of what it is to write
     files: Mapping[int, tuple[str, int, int]] = field(default_factory=dict)
     publisher: str = ""  # who was told to publish it
     last_loss: str = ""  # why the last node was evicted
@@ -161,14 +166,24 @@ class Cluster:
     outcome: str = ""
 
 
-def new_cluster(rules: Rules, now: float, generation: int = 0, absent: Iterable[str] = ()) -> Cluster:
+NUMBERS_OF_A_TERM = 1_000_000
+"""So many generations, and MPI worlds, a coordinator may number in its term: the second one begins with 1,000,001.
+
+No two coordinators ever use the same number, and a newer one's are higher, though neither need know the other's.
+"""
+
+
+def new_cluster(
+    rules: Rules, now: float, term: int = 1, due: Mapping[str, float] | None = None, absent: Iterable[str] = ()
+) -> Cluster:
     """Return the state of a new coordinator, to which nobody has reported yet.
 
-    `generation`: the newest that a majority knows of; 0 = the start of a run. `absent`: nodes known to be gone.
+    `due`: by when each node has to; `absent`: nodes known to be gone.
     """
-    due = now + (rules.takeover_s if generation else rules.build_s)
-    members = {node: Member(node, node not in absent, due, worker_since=now) for node in rules.nodes}
-    return Cluster(rules, members, phase_since=now, generation=generation)
+    due = due or dict.fromkeys(rules.nodes, now + rules.build_s)
+    members = {node: Member(node, node not in absent, due[node], worker_since=now) for node in rules.nodes}
+    before = (term - 1) * NUMBERS_OF_A_TERM
+    return Cluster(rules, members, phase_since=now, generation=before, worlds=before)
 
 
 def next_persist(rules: Rules, step: int) -> int:

@@ -1,13 +1,12 @@
 """The moves that the coordinator can make: each changes what is known and says what is to be done."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from gemini_hpc.core.messages import Abort, Command, Finish, Gone, Note, Publish, RestartWorker, Retire
 from gemini_hpc.core.recovery import newest_complete, of_one_history
 from gemini_hpc.core.state import Cluster, Copy, Member, Phase, Worker, next_persist
-from gemini_hpc.core.types import FRESH
+from gemini_hpc.core.types import FRESH, changed
 
 
 class Turn:
@@ -19,11 +18,11 @@ class Turn:
         self.commands: list[Command] = []
 
     def set(self, **changes: Any) -> None:
-        self.cluster = replace(self.cluster, **changes)
+        self.cluster = changed(self.cluster, **changes)
 
     def set_member(self, node: str, **changes: Any) -> None:
         members = dict(self.cluster.members)
-        members[node] = replace(members[node], **changes)
+        members[node] = changed(members[node], **changes)
         self.set(members=members)
 
     def set_worker(self, node: str, worker: Worker, **changes: Any) -> None:
@@ -47,6 +46,32 @@ class Turn:
 
     def published_step(self) -> int:
         return self.cluster.published.step if self.cluster.published else FRESH
+
+    def forgive(self, seconds: float) -> None:
+        """For so long we did not run, or had no majority: nobody's silence or delay in that time proves anything."""
+        cluster = self.cluster
+
+        def later(since: float) -> float:
+            return since + seconds if since >= 0 else since
+
+        self.set(
+            phase_since=later(cluster.phase_since),
+            done_since=later(cluster.done_since),
+            trouble_since=later(cluster.trouble_since),
+            persist_since=later(cluster.persist_since),
+            pull_since={node: later(since) for node, since in cluster.pull_since.items()},
+            world=changed(
+                cluster.world, since=later(cluster.world.since), without_since=later(cluster.world.without_since)
+            ),
+        )
+        for member in cluster.members.values():
+            self.set_member(
+                member.node,
+                due=later(member.due),
+                heard=later(member.heard),
+                worker_since=later(member.worker_since),
+                evidence={kind: later(since) for kind, since in member.evidence.items()},
+            )
 
     def suspect(self, node: str, kind: str, reason: str) -> None:
         member = self.cluster.members[node]
@@ -101,7 +126,7 @@ class Turn:
         """The node lives, its worker does not: start another there, unless it keeps failing."""
         member, rules = self.cluster.members[node], self.cluster.rules
         self.note("suspect", target=node, evidence="worker", reason=reason)
-        if member.restarts >= rules.max_restarts and self.cluster.generation == 0:  # nobody could ever start
+        if member.restarts >= rules.max_restarts and not self.cluster.begun:  # nobody could ever start
             self.save_and_stop(f"the worker of {node} failed {member.restarts + 1} times in a row: {reason}")
             return
         if member.restarts >= rules.max_restarts:
@@ -127,14 +152,14 @@ class Turn:
         self.set(pulls=pulls)
         for other in self.alive:
             if other.host_world == world.number:
-                self.order(Gone(other.node, (world.members.index(node),)))
+                self.order(Gone(other.node, world.number, (world.members.index(node),)))
 
     def world_lost(self, number: int, reason: str) -> None:
         world = self.cluster.world
         if number != world.number or world.state not in ("starting", "ready"):
             return
         failures = world.failures + 1
-        self.set(world=replace(world, state="lost", since=self.now, failures=failures), pulls={})
+        self.set(world=changed(world, state="lost", since=self.now, failures=failures), pulls={})
         self.note("world", number=number, state="lost", reason=reason)
 
     def add_copy(self, rank: int, at_step: int, node: str, copy: Copy) -> None:

@@ -27,6 +27,7 @@ VALUES = {
     Mapping[str, Any]: st.dictionaries(TEXT, JSON, max_size=3),
     tuple[str, ...]: st.lists(TEXT, max_size=3).map(tuple),
     tuple[int, ...]: st.lists(st.integers(0, 99), max_size=3).map(tuple),
+    tuple[tuple[int, ...], ...]: st.lists(st.lists(st.integers(0, 99), max_size=3).map(tuple), max_size=3).map(tuple),
 }
 KINDS = sorted(
     {cls for cls in vars(messages).values() if isinstance(cls, type) and issubclass(cls, Message)}
@@ -56,9 +57,10 @@ def refused_or_ours(raw: bytes) -> None:
 def well_typed(hint: Any, value: Any) -> None:
     if hint == Mapping[str, Any]:
         assert type(value) is dict
-    elif hint in (tuple[str, ...], tuple[int, ...]):
+    elif getattr(hint, "__origin__", None) is tuple:
         assert type(value) is tuple
-        assert all(type(item) is hint.__args__[0] for item in value)
+        for item in value:
+            well_typed(hint.__args__[0], item)
     else:
         assert type(value) is hint
 
@@ -190,12 +192,20 @@ def test_a_whole_number_beyond_all_floats_is_refused() -> None:
 @pytest.mark.parametrize("targets", [["x"], [None], [1.5], [True], [[1]], [{}]])
 def test_wrong_items_of_a_list_are_refused(targets: list[Any]) -> None:
     with pytest.raises(MessageError):
-        decode(json.dumps({"kind": "Gone", "node": "a", "targets": targets}).encode())
+        decode(json.dumps({"kind": "Gone", "node": "a", "world": 1, "targets": targets}).encode())
 
 
 def test_wrong_names_in_a_list_are_refused() -> None:
     with pytest.raises(MessageError):
         decode(b'{"kind":"StartWorld","node":"","world":1,"members":["a",2]}')
+
+
+@pytest.mark.parametrize("held", [[1], [["x"]], [[1.5]], [[True]], [[[1]]], "x", [{}]])
+def test_wrong_items_of_an_inventory_are_refused(held: Any) -> None:
+    good = messages.Inventory("a", "idle", "", 1, 0, 0, "s", 9, 1, ("a",), True, ((0, 1, 2, 3, 4, 5, 6),))
+    assert decode(good.encode()) == good
+    with pytest.raises(MessageError):
+        decode(json.dumps({**json.loads(good.encode()), "held": held}).encode())
 
 
 @pytest.mark.parametrize("kind", ["Event", "Command"])

@@ -8,23 +8,24 @@ import pytest
 from gemini_hpc.arena import OWN, Arena, Geometry, Record, State
 from gemini_hpc.core import messages as m
 from gemini_hpc.core.state import Checkpoint, Phase, Worker
-from tests.scenarios.fake_cluster import NBYTES, Content, FakeCluster, rules
+from tests.scenarios.node import copied
+from tests.scenarios.simulation import NBYTES, Content, Simulation, rules
 from tests.scenarios.test_recoveries import finish, plan_of, started
 
 
-def two_steps_in_memory(cluster: FakeCluster) -> int:
+def two_steps_in_memory(cluster: Simulation) -> int:
     """Hold one replica's report back, so that a step is sealed by all owners but not safe; return that step."""
     cluster.intercept = lambda event: isinstance(event, m.Copied) and event.rank == 1 and event.area == 1
     cluster.run(lambda c: bool(c.held))
     cluster.run_for(0.3)
-    held = cluster.held[0]
+    held = cluster.held[0][2]
     assert isinstance(held, m.Copied)
     assert cluster.cluster.safe_step < held.step
     return held.step
 
 
 def checkpoint_of(step: int) -> Checkpoint:
-    return Checkpoint(step, {r: (f"r{r}.h5", NBYTES, Content(r, step, 7, 0).checksum) for r in range(4)})
+    return Checkpoint(step, {r: (f"r{r}.h5", NBYTES, Content(r, step, 7, 0).true_checksum) for r in range(4)})
 
 
 # --- the end of the run -----------------------------------------------------------------------------
@@ -32,7 +33,7 @@ def checkpoint_of(step: int) -> Checkpoint:
 
 @pytest.mark.parametrize("failure", ["kill_node", "kill_worker"])
 def test_a_failure_after_the_last_step_does_not_keep_the_run_from_ending(failure: str) -> None:
-    cluster = FakeCluster()
+    cluster = Simulation()
     cluster.persist_s = 1.0
     cluster.run(lambda c: c.cluster.done_since >= 0 and c.cluster.safe_step == 30)
     getattr(cluster, failure)("n2")
@@ -40,7 +41,7 @@ def test_a_failure_after_the_last_step_does_not_keep_the_run_from_ending(failure
 
 
 def test_a_run_that_is_resumed_from_its_last_checkpoint_is_done() -> None:
-    finish(FakeCluster(published=checkpoint_of(30)))
+    finish(Simulation(published=checkpoint_of(30)))
 
 
 # --- copies that are dropped ------------------------------------------------------------------------
@@ -50,7 +51,7 @@ def test_a_replica_that_proves_damaged_while_a_generation_is_gathered() -> None:
     """The failed read takes away the very copy that the plan lets its owner restore."""
     cluster = started()
     newest = two_steps_in_memory(cluster)
-    pulls = cluster.held[0]
+    pulls = cluster.held[0][2]
     assert isinstance(pulls, m.Copied)
     cluster.kill_node("n2")
     cluster.run(lambda c: c.cluster.generation == 2 and c.cluster.phase is Phase.GATHERING)
@@ -62,7 +63,7 @@ def test_a_replica_that_proves_damaged_while_a_generation_is_gathered() -> None:
 
 def test_the_answer_to_an_abandoned_read_does_not_fail_its_successor() -> None:
     """m = 3: the owner and then one holder die; the last holder's good copy must be used, not thrown away."""
-    cluster = FakeCluster(rules(nodes=6, world_size=3, replicas=3, total_steps=200, persist_every=200))
+    cluster = Simulation(rules(nodes=6, world_size=3, replicas=3, total_steps=200, persist_every=200))
     cluster.run(lambda c: c.running() and c.cluster.safe_step >= 5)
     cluster.pull_s = 0.5
     cluster.kill_node("n0")
@@ -82,7 +83,7 @@ def test_a_crash_of_the_window_host_during_a_fetch_does_not_cost_the_last_copy()
     cluster.kill_node("n2")
     cluster.run(lambda c: bool(c.said("fetch_started")))
     cluster.run_for(0.1)
-    cluster.end_host(cluster.nodes["n3"])
+    cluster.nodes["n3"].end_host(told=False)
     cluster.after(0.6, cluster.tell, m.HostLost("n3", 1, "it crashed"))  # its partner notices first
     cluster.run(lambda c: c.running() and c.cluster.generation > 1)
     assert cluster.said("plan")[-1]["step"] >= 3
@@ -146,6 +147,7 @@ def test_back_behind_the_safe_step_nothing_is_overwritten_too_early(tmp_path: Pa
     arena = Arena.create(tmp_path / "arena", Geometry(2, 4096), "test")
     agent = Agent.__new__(Agent)
     agent._arena = arena
+    agent._training = SimpleNamespace(generation=1)
     agent._household = SimpleNamespace(send=lambda *order: True)
     agent._obey(m.Safe("n0", 1, 50))
     arena.write_record(OWN, 0, Record(State.SEALED, 0, 40, 2, 4096))
@@ -163,7 +165,7 @@ def test_another_loss_while_the_last_state_is_saved_does_not_lose_it() -> None:
     cluster.run(lambda c: c.cluster.phase is Phase.SAVING)
     cluster.run_for(0.1)
     cluster.kill_node("n0")  # of the other group: every rank still has a copy
-    cluster.run(FakeCluster.over)
+    cluster.run(Simulation.over)
     assert cluster.cluster.published is not None, cluster.said("run")[-1]["reason"]
     assert cluster.cluster.published.step >= 3
 
@@ -176,7 +178,7 @@ def test_the_node_that_was_to_publish_the_last_state_may_die_too() -> None:
     cluster.run(lambda c: c.cluster.phase is Phase.SAVING and bool(c.held))
     cluster.held, cluster.intercept = [], None
     cluster.kill_node(cluster.ordered(m.Publish)[-1].node)
-    cluster.run(FakeCluster.over)
+    cluster.run(Simulation.over)
     assert cluster.cluster.published is not None, cluster.said("run")[-1]["reason"]
 
 
@@ -184,7 +186,7 @@ def test_a_shard_that_one_holder_cannot_save_is_saved_by_the_other() -> None:
     cluster = started(nodes=4)
     cluster.persist_fails = lambda order: order.node == "n0"
     cluster.kill_node("n3")
-    cluster.run(FakeCluster.over)
+    cluster.run(Simulation.over)
     assert cluster.cluster.published is not None, cluster.said("run")[-1]["reason"]
 
 
@@ -192,7 +194,7 @@ def test_saving_may_take_as_long_as_a_checkpoint_may() -> None:
     cluster = started(nodes=4, join_s=2.0, finish_s=10.0)
     cluster.persist_s = 4.0
     cluster.kill_node("n3")
-    cluster.run(FakeCluster.over)
+    cluster.run(Simulation.over)
     assert cluster.cluster.published is not None, cluster.said("run")[-1]["reason"]
 
 
@@ -225,7 +227,8 @@ def test_a_window_host_that_hangs_does_not_cost_the_copies_behind_it() -> None:
 
 def test_a_world_that_never_forms_again_does_not_hold_up_the_recovery() -> None:
     """Without windows there is still the persistent tier, and that is better than waiting for ever."""
-    cluster = FakeCluster().run(lambda c: c.cluster.published is not None and c.running())
+    cluster = Simulation().run(lambda c: c.cluster.published is not None and c.running())
+    cluster.invariants.windows_work = False
     cluster.start_world = lambda order: cluster.after(  # type: ignore[method-assign]
         0.1, cluster.take, m.WorldFailed("", order.world, "mpiexec ended with status 1")
     )
@@ -235,7 +238,7 @@ def test_a_world_that_never_forms_again_does_not_hold_up_the_recovery() -> None:
 
 
 def test_a_window_world_that_crashes_at_every_read_does_not_go_on_for_ever() -> None:
-    cluster = FakeCluster().run(lambda c: c.cluster.published is not None and c.running())
+    cluster = Simulation().run(lambda c: c.cluster.published is not None and c.running())
 
     def crash_at_fetch(order: m.Command) -> bool:
         if isinstance(order, m.Pull) and order.area == 0:
@@ -243,6 +246,7 @@ def test_a_window_world_that_crashes_at_every_read_does_not_go_on_for_ever() -> 
             return False
         return True
 
+    cluster.invariants.windows_work = False
     cluster.obeyed = crash_at_fetch
     cluster.kill_node("n2")
     cluster.run(lambda c: c.running() and c.cluster.generation > 1, 120.0)
@@ -250,7 +254,7 @@ def test_a_window_world_that_crashes_at_every_read_does_not_go_on_for_ever() -> 
 
 def test_a_shard_that_cannot_be_read_once_does_not_end_the_run() -> None:
     """A hung file system or a killed archiver is no reason to give up (I5)."""
-    cluster = FakeCluster(published=checkpoint_of(20))
+    cluster = Simulation(published=checkpoint_of(20))
     failed: list[m.Event] = []
 
     def fail_once(event: m.Event) -> bool:
@@ -271,7 +275,7 @@ def test_one_hung_worker_does_not_cost_all_the_others_their_engines() -> None:
     cluster.obeyed = lambda order: not (isinstance(order, m.Join) and order.node == "n1" and order.generation == 2)
     cluster.kill_worker("n3")
     cluster.run(lambda c: c.cluster.phase is Phase.JOINING and c.cluster.generation == 2)
-    cluster.nodes["n1"].worker = "stuck"
+    cluster.nodes["n1"].worker.stuck = True
     finish(cluster)
     assert {order.node for order in cluster.ordered(m.RestartWorker)} == {"n3", "n1"}
 
@@ -281,7 +285,7 @@ def test_one_hung_worker_does_not_cost_all_the_others_their_engines() -> None:
 
 def test_the_late_farewell_of_a_worker_that_was_ended_is_not_its_successors() -> None:
     cluster = started()
-    cluster.nodes["n0"].worker = "stuck"
+    cluster.nodes["n0"].worker.stuck = True
     cluster.kill_node("n2")
     cluster.run(lambda c: c.cluster.members["n0"].worker is Worker.BUILDING)
     cluster.take(m.Parked("n0", 1, "n0:life1"))  # sent just before the order to end it arrived
@@ -290,14 +294,14 @@ def test_the_late_farewell_of_a_worker_that_was_ended_is_not_its_successors() ->
 
 def test_a_load_of_an_earlier_generation_is_not_taken_for_the_present_one() -> None:
     """The archiver would still be writing into the half from which the worker restores."""
-    cluster = FakeCluster(published=checkpoint_of(20))
+    cluster = Simulation(published=checkpoint_of(20))
     cluster.persist_s = 1.0
     cluster.run(lambda c: len(c.ordered(m.Load)) == 4)
     cluster.run_for(0.5)
     cluster.kill_worker("n3")  # generation 2 orders all loads again
     cluster.intercept = lambda event: isinstance(event, m.Copied) and event.generation == 1
     cluster.run(lambda c: c.cluster.generation == 2 and len(c.held) == 4)
-    for event in cluster.held:
+    for _, _, event in cluster.held:
         cluster.take(event)
     assert cluster.cluster.fetched == frozenset()
 
@@ -306,13 +310,13 @@ def test_a_checkpoint_is_published_once() -> None:
     cluster = started()
     cluster.intercept = lambda event: isinstance(event, m.Published)
     cluster.run(lambda c: bool(c.held))
-    answer = next(e for _, e, _ in reversed(cluster.history) if isinstance(e, m.Persisted))
+    answer = next(e for _, _, e, _ in reversed(cluster.history) if isinstance(e, m.Persisted))
     cluster.take(answer)
     assert len(cluster.ordered(m.Publish)) == 1
 
 
 def test_a_member_that_dies_while_the_world_starts_does_not_delay_it_by_its_timeout() -> None:
-    cluster = FakeCluster()
+    cluster = Simulation()
     cluster.intercept = lambda event: isinstance(event, m.HostReady) and event.node == "n4"
     cluster.run(lambda c: bool(c.held))
     cluster.kill_node("n4")
@@ -327,7 +331,7 @@ def test_the_answer_to_a_read_of_another_generation_is_not_believed() -> None:
     cluster.pull_s = 0.2
     cluster.run(lambda c: bool(c.cluster.pulls))
     holder, pull = next(iter(cluster.cluster.pulls.items()))
-    answer = cluster.copied(pull, True, "")
+    answer = copied(pull, "")
     cluster.take(m.Copied(**{**vars(answer), "generation": 0}))
     assert holder not in cluster.cluster.copies[pull.rank, pull.step]
     assert cluster.cluster.pulls[holder] == pull

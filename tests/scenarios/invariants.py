@@ -1,0 +1,134 @@
+"""What must hold after every event, whatever fails, in whatever order (DESIGN.md section 4).
+
+I1  All ranks of a group restore one step of one history: nothing torn, nothing mixed, nobody else's.
+I3  No plan goes behind a safe step while every rank's snapshot of it lies intact on some node that the coordinator
+    counts as living, and its bytes can be read. (So losses of fewer than m nodes of each group, once the coordinator
+    noted a step to be safe, never reach the persistent tier.)
+I4  In a generation the orders of one coordinator in one term are obeyed, and at any time one node at most may act.
+I5  A run that stops has saved what was safe. What else I5 and I6 ask of a run's end is in `schedules`.
+"""
+
+from typing import TYPE_CHECKING
+
+from gemini_hpc.core import messages as m
+from gemini_hpc.core.state import Cluster, Phase
+from gemini_hpc.core.types import FRESH
+
+if TYPE_CHECKING:
+    from tests.scenarios.node import Content, Node
+    from tests.scenarios.simulation import Simulation
+
+
+class Broken(AssertionError):
+    """An invariant does not hold."""
+
+
+class Invariants:
+    def __init__(self, sim: "Simulation") -> None:
+        self._sim = sim
+        self._obeyed: dict[int, tuple[str, int]] = {}  # generation -> whose orders were obeyed in it
+        self.windows_work = True
+        self._safe: dict[int, dict[int, int]] = {}  # step -> rank -> checksum, of the newest safe step
+
+    def one_history(self, at_step: int, contents: "dict[int, Content | None]") -> int:
+        """I1: hold what the ranks restore, or what a checkpoint is made of, against one another."""
+        for rank, content in contents.items():
+            if content is None or not content.intact or (content.rank, content.step) != (rank, at_step):
+                raise Broken(f"I1: rank {rank} takes {content} for step {at_step}")
+        states = {content.state for content in contents.values() if content}
+        if len(states) != 1:
+            raise Broken(f"I1: a mix of histories: {contents}")
+        return states.pop()
+
+    def one_acts(self) -> None:
+        """I4: whoever may act now is the only one."""
+        leading = [n for n in self._sim.nodes.values() if n.seat.election.leader == n.name and n.up and not n.paused]
+        if len(leading) > 1:
+            acting = [(n.name, n.seat.election.term) for n in leading if n.seat.election.may_act(n.clock())]
+            if len(acting) > 1:
+                raise Broken(f"I4: {acting} may act at once")
+
+    def obeyed(self, node: "Node", order: m.Command) -> None:
+        """I4: an order is obeyed; in its generation nobody else's are."""
+        if isinstance(order, (m.Join, m.Pull, m.Load, m.Safe)):
+            by = (node.seat.election.leader, node.seat.election.term)
+            if self._obeyed.setdefault(order.generation, by) != by:
+                raise Broken(f"I4: {node.name} obeys {by} in generation {order.generation}, which is another's")
+
+    def decision(self, node: "Node", before: Cluster | None, after: Cluster, orders: list[m.Command]) -> None:
+        """Look at what a coordinator has just decided."""
+        if before is not None and after.rules is before.rules and after.generation < before.generation:
+            raise Broken("the generation went backwards")
+        if not orders:
+            return
+        joins = [order for order in orders if isinstance(order, m.Join)]
+        if joins:
+            self._joined(after, joins)
+        for order in orders:
+            if isinstance(order, m.Note) and order.event == "safe":
+                self._note_safe(after, order.details["step"])
+            elif isinstance(order, m.Note) and order.event == "plan":
+                self._planned(after, order.details["step"], order.details["reason"])
+            elif isinstance(order, m.Finish) and not order.node and order.state == "stopped":
+                self._stopped(after, order.reason)
+        if len(after.copies) > 8 * after.rules.world_size or len(after.misses) > 100:
+            raise Broken("knowledge grows without a bound")
+
+    def _joined(self, cluster: Cluster, joins: list[m.Join]) -> None:
+        if cluster.phase not in (Phase.JOINING, Phase.RUNNING):
+            return  # given up in the same breath
+        if sorted(cluster.ranks) != list(range(cluster.rules.world_size)):
+            raise Broken(f"a rank without a node: {cluster.ranks}")
+        if len(set(cluster.ranks.values())) != cluster.rules.world_size:
+            raise Broken(f"a node with two ranks: {cluster.ranks}")
+        if any(not cluster.members[name].alive for name in cluster.ranks.values()):
+            raise Broken("a rank on an evicted node")
+        if {join.rank: join.node for join in joins} != dict(cluster.ranks):
+            raise Broken("not everybody was told to join")
+        if len({(j.generation, j.step, j.store) for j in joins}) != 1 or joins[0].generation != cluster.generation:
+            raise Broken(f"different joins: {joins}")
+
+    def _note_safe(self, cluster: Cluster, at_step: int) -> None:
+        """It is verified on all holders, says the coordinator: remember what that step is."""
+        if all(cluster.copies.get((rank, at_step)) for rank in cluster.ranks):  # not lost again in the same breath
+            checksums = {r: next(iter(cluster.copies[r, at_step].values())).checksum for r in cluster.ranks}
+            self._safe = {at_step: checksums}
+
+    def _planned(self, cluster: Cluster, to_step: int, reason: str) -> None:
+        for at_step, checksums in self._safe.items():
+            if to_step >= at_step or self._nobody_can_read():
+                continue
+            if all(self._survives(cluster, rank, at_step, checksum) for rank, checksum in checksums.items()):
+                raise Broken(f"I3: back to step {to_step}, though step {at_step} is whole ({reason})")
+            self._safe = {}
+
+    def _stopped(self, cluster: Cluster, reason: str) -> None:
+        """I5: what was safe is on the persistent tier, unless the tier, or the loss of the copies, forbade it."""
+        saved = cluster.published.step if cluster.published else FRESH
+        for at_step, checksums in self._safe.items():
+            whole = all(self._survives(cluster, rank, at_step, checksum) for rank, checksum in checksums.items())
+            if saved < at_step and whole and "could not be saved" not in reason:
+                raise Broken(f"I5: stopped with step {saved} saved, though step {at_step} is whole: {reason}")
+
+    def _nobody_can_read(self) -> bool:
+        """Reads may fail for as long as they like, and a bound for them is all that one can ask for."""
+        network = self._sim.network
+        return bool(network.cuts or network.disorder) or not self.windows_work
+
+    def _survives(self, cluster: Cluster, rank: int, at_step: int, checksum: int) -> bool:
+        for name, member in cluster.members.items():
+            node = self._sim.nodes[name]
+            if member.alive and node.up:
+                for content in node.arena.values():
+                    same = (content.rank, content.step, content.checksum) == (rank, at_step, checksum)
+                    if same and content.intact:
+                        return True
+        return False
+
+    def end(self) -> None:
+        """The run is over: it says why, and `finished` is true."""
+        sim = self._sim
+        if sim.outcome not in ("finished", "stopped", "failed") or not sim.reason:
+            raise Broken(f"it ended as {sim.outcome!r}: {sim.reason!r}")
+        if sim.outcome == "finished" and max(sim.most_trained, *sim.manifests, 0) < sim.rules.total_steps:
+            raise Broken(f"finished, and yet only {sim.most_trained} steps were done")

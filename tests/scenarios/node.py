@@ -1,0 +1,446 @@
+"""One simulated node: its agent with a real `Seat`, its arena, window host and archiver (its worker: `training`).
+
+The agent does what runtime/agent.py and runtime/coordinator.py do, order for order. Everything else is a model of the
+process that it stands for, as far as others can see it.
+"""
+
+import zlib
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from gemini_hpc.core import messages as m
+from gemini_hpc.core.seat import Seat
+from gemini_hpc.core.types import FRESH
+from tests.scenarios.training import Worker
+
+if TYPE_CHECKING:
+    from tests.scenarios.simulation import Simulation
+
+CLUSTER = "cluster"
+BEAT_S = 0.3
+TICK_S = 0.15
+LEASE_TIMEOUTS = 10
+ARCHIVE_S = 5.0
+RESTART_S = 0.5
+REPEAT_S = 1.0
+NBYTES = 1000
+
+
+@dataclass(frozen=True)
+class Content:
+    """What lies in a half. `state` names the history that computed it; `origin` and `checksum` are as in its record."""
+
+    rank: int
+    step: int
+    state: int
+    origin: int
+    record: str = "sealed"  # or writing, written
+    checksum: int = 0
+
+    @property
+    def true_checksum(self) -> int:
+        return zlib.crc32(b"%d %d %d" % (self.rank, self.step, self.state))
+
+    @property
+    def intact(self) -> bool:
+        return self.record == "sealed" and self.checksum == self.true_checksum
+
+    def sealed(self) -> "Content":
+        return replace(self, record="sealed", checksum=self.true_checksum)
+
+
+class Host:
+    """The window host of one MPI world on one node."""
+
+    def __init__(self, node: "Node", world: int, members: tuple[str, ...]) -> None:
+        self.node, self.world, self.members = node, world, members
+        self.alive, self.ready, self.hung = True, False, False
+        self.queue: list[m.Pull] = []
+        self.gone: set[int] = set()
+
+    def end(self) -> None:
+        """Die. A half that it was writing stays as it is: not sealed."""
+        self.alive = False
+
+    def seal(self, half: int) -> None:
+        node = self.node
+        content = node.arena.get((0, half))
+        if not self.alive or self.hung or content is None or content.record == "writing":
+            return
+        if content.record == "written":
+            node.arena[0, half] = content = content.sealed()
+        at = (content.origin, content.rank, content.step)
+        node.from_child(m.Sealed(node.name, *at, half, NBYTES, content.checksum))
+
+    def pull(self, order: m.Pull) -> None:
+        self.queue.append(order)
+        if len(self.queue) == 1:
+            self._begin()
+
+    def _begin(self) -> None:
+        order, sim = self.queue[0], self.node.sim
+        source = sim.nodes[self.members[order.target]]
+        self.node.arena[order.area, order.half] = Content(order.rank, order.step, 0, order.origin, "writing")
+        stalled = source.host is None or source.host.hung or (source.name, self.node.name) in sim.network.cuts
+        seen = source.arena.get((order.source_area, order.source_half))
+        sim.after(order.deadline_s if stalled else sim.some(sim.pull_s), self._end, order, source, seen)
+
+    def _end(self, order: m.Pull, source: "Node", seen: Content | None) -> None:
+        """The bytes are verified against the order; MPI's word counts for nothing."""
+        if not self.alive or self.hung:
+            return
+        sim, there = self.node.sim, source.host
+        if order.target in self.gone:
+            reason = "gone"
+        elif not source.up or there is None or not there.alive or there.world != self.world:
+            reason = "MPI_ERR_OTHER"
+        elif there.hung or (source.name, self.node.name) in sim.network.cuts:
+            reason = "deadline"
+        else:
+            same = seen is not None and seen == source.arena.get((order.source_area, order.source_half))
+            arrived = same and seen.true_checksum == order.checksum and not sim.chance(sim.bad_reads)
+            reason = "" if arrived else "checksum"
+        if reason:
+            del self.node.arena[order.area, order.half]
+        else:
+            assert seen is not None
+            self.node.arena[order.area, order.half] = replace(seen, origin=order.origin, checksum=order.checksum)
+        self.queue.pop(0)
+        self.node.from_child(copied(order, reason))
+        if self.queue:
+            self._begin()
+
+
+class Archiver:
+    """Carries out one order after the other, as fast as the shared file system lets it."""
+
+    def __init__(self, node: "Node") -> None:
+        self.node, self.alive, self.hung = node, True, False
+        self.busy = False
+
+    def next(self) -> None:
+        if self.alive and not self.busy and self.node.archiving:
+            self.busy = True
+            sim = self.node.sim
+            order = self.node.archiving[0][1]
+            takes_s = 0.02 if isinstance(order, m.Publish) else sim.persist_s
+            sim.after(sim.some(takes_s), self._do, order)
+
+    def _do(self, order: m.Command) -> None:
+        if not self.alive or self.hung or not self.node.up:
+            return
+        self.busy = False
+        self.node.from_child(self._answer(order))
+
+    def _answer(self, order: m.Command) -> m.Event:
+        sim, node = self.node.sim, self.node
+        if isinstance(order, m.Persist):
+            content = node.arena.get((order.area, order.half))
+            ok = content is not None and content.true_checksum == order.checksum and not sim.persist_fails(order)
+            if ok:
+                assert content is not None
+                sim.files[order.step, order.rank, order.checksum] = content.sealed()
+            at = (order.rank, order.step, f"rank-{order.rank:04d}.h5", NBYTES, order.checksum)
+            return m.Persisted(node.name, *at, ok, "" if ok else "the bytes could not be written", 0.1)
+        if isinstance(order, m.Load):
+            node.arena[order.area, order.half] = Content(order.rank, order.step, 0, 0, "writing")
+            file = sim.files.get((order.step, order.rank, order.checksum))
+            ok = file is not None and file.intact
+            if ok:
+                assert file is not None
+                node.arena[order.area, order.half] = replace(file, origin=0)
+            at = (order.generation, order.rank, order.step, "", order.area, order.half, NBYTES, order.checksum)
+            return m.Copied(node.name, *at, ok, "" if ok else "it is not the file that its manifest names", 0.1)
+        assert isinstance(order, m.Publish)
+        sim.publish(order)
+        return m.Published(node.name, order.step, f"checkpoints/step-{order.step}", True, "")
+
+
+class Node:
+    """One life of a node. A node that comes back is another one, with the same name."""
+
+    def __init__(self, sim: "Simulation", name: str, life: int) -> None:
+        self.sim, self.name, self.life = sim, name, life
+        self.up, self.paused = True, False
+        self._inbox: list[tuple[Any, ...]] = []  # came while it was paused
+        self._skew = 1000.0 * sim.rules.nodes.index(name)  # every node has a clock of its own
+        self.started = self.clock()
+        self.seat = Seat(sim.rules, name, BEAT_S, self.started, returned=life > 0)
+        self._lives: dict[str, int] = {}  # which life of each node is at the endpoint that the cluster told
+        self._callers: dict[str, int] = {}  # and which one called last
+        self._informed: tuple[str, int] = ("", 0)
+        self._surveying = False
+        self.worker: Worker | None = None
+        self.state, self.reason = "building", ""  # of the worker, as the agent knows it
+        self.generation, self.rank = 0, -1
+        self.built, self.store = False, ""
+        self.arena: dict[tuple[int, int], Content] = {}
+        self.safe_step = FRESH
+        self._last_step: m.Stepped | None = None
+        self._said_again = self.started
+        self.host: Host | None = None
+        self._last_host: m.HostReady | None = None
+        self.archiver = Archiver(self)
+        self.archiving: list[tuple[float, m.Command]] = []
+        self._archiver_due = 0.0
+        self.start_worker()
+        self.say_to_cluster(m.NodeUp(name, str(life)))
+        sim.after(sim.some(TICK_S), self.tick)
+
+    def clock(self) -> float:
+        return self.sim.now + self._skew
+
+    # --- the loop -----------------------------------------------------------------------------------
+
+    def arrive(self, life: int, sender: str, sender_life: int, message: m.Message) -> None:
+        """Something reaches the socket of the agent's life `life`."""
+        if not self.up or life != self.life:
+            return
+        if self.paused:
+            self._inbox.append((self._take, sender, sender_life, message))
+        else:
+            self._take(sender, sender_life, message)
+
+    def from_child(self, message: m.Event) -> None:
+        """A process of this node says something to its agent."""
+        if self.up and self.paused:
+            self._inbox.append((self._from_child, message))
+        elif self.up:
+            self._from_child(message)
+
+    def tick(self) -> None:
+        if not self.up:
+            return
+        self.sim.after(TICK_S, self.tick)
+        if self.paused:
+            return
+        now = self.clock()
+        alone_s, bound_s = now - self.started, self.sim.rules.build_s
+        if self._informed[0]:
+            alone_s = self.seat.forsaken(now)
+            bound_s = LEASE_TIMEOUTS * self.sim.rules.heartbeat_timeout_s
+        if alone_s > bound_s:
+            self.sim.forsaken.append(self.name)
+            self.leave()
+            return
+        hung = self.archiving and now - self.archiving[0][0] > ARCHIVE_S
+        if hung or 0 < self._archiver_due <= now:
+            self._restart_archiver()
+        if now > self._said_again + REPEAT_S:
+            self._said_again = now
+            self._say_again()
+        self.decide(m.Tick(""))
+        if self.seat.cluster is not None and not self.seat.cluster.surveyed and not self._surveying:
+            self._surveying = True
+            self.sim.after(self.sim.some(self.sim.survey_s), self._surveyed)
+
+    def _say_again(self) -> None:
+        """A line may have broken, and a message with it: repeat what is told only once."""
+        if self._last_step is not None:
+            self.tell(self._last_step)
+        for half in (0, 1):
+            if self.host is not None and self.host.ready:
+                self.host.seal(half)
+
+    def pause(self) -> None:
+        self.paused = True
+
+    def go_on(self) -> None:
+        self.paused = False
+        waiting, self._inbox = self._inbox, []
+        for take, *args in waiting:
+            if self.up:
+                take(*args)
+
+    def leave(self, seen: bool = True) -> None:
+        """Everything of this node ends with its agent. `seen`: the cluster notices."""
+        if not self.up:
+            return
+        self.up = False
+        if self.worker is not None:
+            self.worker.alive = False
+        if self.host is not None:
+            self.host.end()
+        self.archiver.alive = False
+        self.sim.node_ended(self, seen)
+
+    # --- the coordinator and the cluster ------------------------------------------------------------
+
+    def _take(self, sender: str, sender_life: int, message: m.Message) -> None:
+        if isinstance(message, (m.RequestVote, m.Lead)):
+            self._callers[sender] = sender_life
+            for answer in self.seat.obey(self.clock(), message):
+                self.answer(sender, answer)
+            if isinstance(message, m.Lead) and sender == self.seat.leader:  # now there is a line to it
+                self._inform()
+            self.sim.looked_at(self)
+        elif isinstance(message, m.Command):
+            if sender == self.seat.leader:
+                self._obey(message)
+        elif isinstance(message, m.Event) and sender in (CLUSTER, message.node):
+            if isinstance(message, m.NodeUp):
+                self._lives[message.node] = int(message.endpoint)
+            self.decide(message)
+
+    def decide(self, event: m.Event) -> None:
+        """Give the seat an event, or the time, and carry out what it says."""
+        before = self.seat.cluster
+        now = self.clock()
+        orders = self.seat.tick(now) if isinstance(event, m.Tick) else self.seat.hear(now, event)
+        if orders or before is not self.seat.cluster:
+            self.sim.decided(self, before, event, orders)
+        for order in orders:
+            if isinstance(order, m.Note):
+                continue
+            if isinstance(order, m.StartWorld) or (isinstance(order, (m.Finish, m.Lead)) and not order.node):
+                self.say_to_cluster(order)
+            elif order.node in self._lives:
+                node = self.sim.nodes[order.node]
+                at = (self._lives[order.node], self.name, self.life, order)
+                self.sim.network.send((self.name, order.node), node.arrive_later, *at)
+
+    def arrive_later(self, *message: Any) -> None:
+        """The node may be another life by now: its own process decides whether it is meant."""
+        self.sim.nodes[self.name].arrive(*message)
+
+    def say_to_cluster(self, message: m.Message) -> None:
+        self.sim.network.send((self.name, CLUSTER), self.sim.cluster_hears, self.name, self.life, message)
+
+    def answer(self, caller: str, event: m.Event) -> None:
+        if self.sim.intercept is not None and self.sim.intercept(event):
+            self.sim.held.append((self, caller, event))
+            return
+        node = self.sim.nodes[caller]
+        at = (self._callers[caller], self.name, self.life, event)
+        self.sim.network.send((self.name, caller), node.arrive_later, *at)
+
+    def tell(self, event: m.Event) -> None:
+        """Report to the coordinator, if there is one that has our inventory."""
+        if self.seat.leader and self.seat.leader == self._informed[0]:
+            self.answer(self.seat.leader, event)
+
+    def _inform(self) -> None:
+        election = self.seat.election
+        if not election.leader or self._informed == (election.leader, election.term):
+            return
+        self._informed = (election.leader, election.term)
+        last = self._last_host
+        sealed = tuple(
+            (*place, c.rank, c.step, c.origin, NBYTES, c.checksum)
+            for place, c in sorted(self.arena.items())
+            if c.record == "sealed"
+        )
+        ready = last is not None and self.host is not None and self.host.alive and self.host.world == last.world
+        worker = (self.state, self.reason, self.generation, self.rank, self.built_rank() if self.built else -1)
+        window = (last.world if last else 0, last.members if last else (), ready)
+        self.tell(m.Inventory(self.name, *worker, self.store, NBYTES if self.built else 0, *window, sealed))
+
+    def built_rank(self) -> int:
+        return min(self.sim.rules.nodes.index(self.name), self.sim.rules.world_size - 1)
+
+    def _surveyed(self) -> None:
+        self._surveying = False
+        if self.up:
+            below = self.seat.cluster.survey_below if self.seat.cluster is not None else None
+            self.from_child(self.sim.survey(below))
+
+    def _obey(self, order: m.Command) -> None:
+        if not self.sim.obeys(self, order):
+            return
+        if isinstance(order, (m.Finish, m.Retire)):
+            self.leave()
+        elif isinstance(order, m.RestartWorker):
+            self.start_worker()
+        elif isinstance(order, m.Safe):
+            if order.generation == self.generation:
+                self.safe_step = order.step
+        elif isinstance(order, m.Join):
+            if order.generation > self.generation:
+                self.state, self.generation, self.rank = "busy", order.generation, order.rank
+                self.safe_step = FRESH
+                if self.worker is not None:
+                    self.worker.take(order)
+        elif isinstance(order, m.Abort):
+            if self.worker is not None:
+                self.worker.take(order)
+        elif isinstance(order, (m.Pull, m.Gone)):
+            if self.host is None or not self.host.alive or order.world != self.host.world:
+                return  # of a world that is no more
+            if isinstance(order, m.Pull):
+                self.host.pull(order)
+            else:
+                self.host.gone |= set(order.targets)
+        else:
+            self.archiving.append((self.clock(), order))
+            self.archiver.next()
+
+    # --- the node's processes -----------------------------------------------------------------------
+
+    def start_worker(self) -> None:
+        if self.worker is not None:
+            self.worker.alive = False
+        self.state = "building"
+        self.worker = Worker(self)
+
+    def end_worker(self, reason: str) -> None:
+        """The worker dies; the agent sees that at once."""
+        if self.worker is not None and self.worker.alive:
+            self.worker.alive = False
+            self.from_child(m.WorkerLost(self.name, reason))
+
+    def end_host(self, told: bool = True) -> None:
+        """The window host ends; its line to the agent does, too."""
+        if self.host is not None and self.host.alive:
+            self.host.end()
+            if told:
+                self.from_child(m.HostLost(self.name, self.host.world, "its line to the agent ended"))
+
+    def end_archiver(self) -> None:
+        self.archiver.alive = False
+        self._archiver_due = self.clock() + RESTART_S
+
+    def _restart_archiver(self) -> None:
+        failed, self.archiving = self.archiving, []
+        self._archiver_due = 0.0
+        self.archiver.alive = False
+        self.archiver = Archiver(self)
+        for _, order in failed:
+            self.tell(failure(order))
+
+    def _from_child(self, message: m.Event) -> None:
+        if isinstance(message, m.Surveyed):
+            self.decide(message)
+            return
+        if isinstance(message, m.WorkerReady):
+            self.state, self.built, self.store = "idle", True, message.store
+        elif isinstance(message, m.WorkerLost):
+            self.state, self.reason = "lost", message.reason
+        elif isinstance(message, m.Parked):
+            self.state, self.store = "idle", message.store
+        elif isinstance(message, m.Stepped):
+            self._last_step = message
+        elif isinstance(message, m.HostReady):
+            self._last_host = message
+            for half in (0, 1):
+                if self.host is not None:
+                    self.sim.after(self.sim.some(0.003), self.host.seal, half)
+        elif isinstance(message, (m.Persisted, m.Published)) or (isinstance(message, m.Copied) and not message.source):
+            self.archiving = [(self.clock(), order) for _, order in self.archiving[1:]]
+            self.archiver.next()
+        self.tell(message)
+
+
+def copied(order: m.Pull, reason: str) -> m.Copied:
+    place = (order.area, order.half, order.nbytes, order.checksum)
+    told = (not reason, reason, 0.01)
+    return m.Copied(order.node, order.generation, order.rank, order.step, order.source, *place, *told)
+
+
+def failure(order: m.Command) -> m.Event:
+    if isinstance(order, m.Persist):
+        return m.Persisted(order.node, order.rank, order.step, "", 0, order.checksum, False, "no archiver", 0.0)
+    if isinstance(order, m.Load):
+        at = (order.generation, order.rank, order.step, "", order.area, order.half)
+        return m.Copied(order.node, *at, 0, order.checksum, False, "no archiver", 0.0)
+    assert isinstance(order, m.Publish)
+    return m.Published(order.node, order.step, "", False, "no archiver")

@@ -1,0 +1,313 @@
+"""Schedules of failures: drawn from a seed, played on the simulation, and judged.
+
+`python -m tests.scenarios.schedules SEED` replays one with a log; `python -m tests.scenarios.schedules 0:100000`
+(`make simulate-faults SEEDS=0:100000`) plays many on all cores.
+"""
+
+import argparse
+import multiprocessing
+import random
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from tests.scenarios.simulation import CLUSTER, Broken, Simulation, rules
+
+END_S = 150.0
+DISORDER_S = 30.0
+SHAPES = [(3, 1, 2), (4, 1, 2), (4, 2, 2), (2, 1, 2), (1, 1, 1), (3, 2, 3), (4, 1, 1), (2, 2, 1), (5, 1, 2), (3, 3, 2)]
+"""Ranks, spares, replicas."""
+
+COORDINATOR = "the coordinator"
+"""As a target: whoever leads when it happens."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What fails, where, when, and for how long (where that has a meaning)."""
+
+    at: float
+    kind: str
+    node: str
+    seconds: float = 0.0
+    other: str = ""  # the second node of a cut
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One history, up to the seed of its delays."""
+
+    sort: str
+    shape: tuple[int, int, int]
+    faults: tuple[Fault, ...]
+    seed: int | None
+    steps: int = 8
+    persist_every: int = 4
+    step_s: float = 0.05
+    persist_s: float = 0.05
+    pull_s: float = 0.02
+    return_s: float | None = None
+    disorder: float = 0.0
+    bad_reads: float = 0.0
+
+    def nodes(self) -> tuple[str, ...]:
+        return tuple(f"n{i}" for i in range(self.shape[0] + self.shape[1]))
+
+    def must_finish(self) -> bool:
+        """I5: enough spares, and a majority that can speak. What is lost: nodes, as many as there are such faults."""
+        lost = sum(fault.kind in COSTLY for fault in self.faults)
+        return (
+            not self.disorder
+            and lost <= self.shape[1]
+            and 2 * (sum(self.shape[:2]) - lost) > sum(self.shape[:2])
+            and not any(fault.kind in ("corrupt_file", "split") or fault.other == CLUSTER for fault in self.faults)
+        )
+
+
+Act = Callable[[Simulation, str, Fault], None]
+
+
+def _cut_off(sim: Simulation, node: str, fault: Fault) -> None:
+    sim.cut(sim.lines_between([node], [*sim.rules.nodes, CLUSTER]), fault.seconds, fault.other == "breaks")
+
+
+def _one_way(sim: Simulation, node: str, fault: Fault) -> None:
+    others = [other for other in sim.rules.nodes if other != node]
+    sim.cut([(node, o) if fault.other == "out" else (o, node) for o in others], fault.seconds)
+
+
+def _split(sim: Simulation, node: str, fault: Fault) -> None:
+    """Two camps: `other` names the nodes of the first one."""
+    camp = fault.other.split()
+    sim.cut(sim.lines_between(camp, [n for n in sim.rules.nodes if n not in camp]), fault.seconds)
+
+
+def _link(sim: Simulation, node: str, fault: Fault) -> None:
+    """One line only: between two nodes, or between a node and the cluster."""
+    if fault.other != node:
+        sim.cut(sim.lines_between([node], [fault.other]), fault.seconds)
+
+
+def _hang_worker(sim: Simulation, node: str, fault: Fault) -> None:
+    worker = sim.nodes[node].worker
+    if worker is not None:
+        worker.stuck = True
+
+
+def _trouble(sim: Simulation, node: str, fault: Fault) -> None:
+    worker = sim.nodes[node].worker
+    if worker is not None and worker.alive and worker.state == "training" and not worker.stuck:
+        worker.fail("a collective timed out")
+
+
+def _hang_archiver(sim: Simulation, node: str, fault: Fault) -> None:
+    sim.nodes[node].archiver.hung = True
+
+
+def _corrupt(sim: Simulation, node: str, fault: Fault) -> None:
+    area, half = divmod(int(fault.seconds * 1000), 2)
+    sim.corrupt(node, area % sim.rules.replicas, half)
+
+
+def _corrupt_file(sim: Simulation, node: str, fault: Fault) -> None:
+    if sim.manifests:
+        sim.corrupt_file(max(sim.manifests), int(fault.seconds * 1000) % sim.rules.world_size)
+
+
+def _slow_disk(sim: Simulation, node: str, fault: Fault) -> None:
+    sim.persist_s, sim.survey_s = 0.7, 0.5
+
+
+FAULTS: dict[str, Act] = {
+    "kill_node": lambda sim, node, fault: sim.kill_node(node),
+    "kill_unseen": lambda sim, node, fault: sim.kill_node(node, seen=False),
+    "kill_worker": lambda sim, node, fault: sim.kill_worker(node),
+    "hang_worker": _hang_worker,
+    "trouble": _trouble,
+    "crash_host": lambda sim, node, fault: sim.crash_host(node),
+    "hang_host": lambda sim, node, fault: sim.hang_host(node),
+    "crash_archiver": lambda sim, node, fault: sim.nodes[node].end_archiver(),
+    "hang_archiver": _hang_archiver,
+    "pause": lambda sim, node, fault: sim.pause(node, fault.seconds),
+    "cut_off": _cut_off,
+    "one_way": _one_way,
+    "split": _split,
+    "link": _link,
+    "corrupt": _corrupt,
+    "corrupt_file": _corrupt_file,
+    "slow_disk": _slow_disk,
+}
+COSTLY = ("kill_node", "kill_unseen", "pause", "cut_off", "one_way", "split", "link")
+"""They may cost a node."""
+
+PROCESSES = ("kill_worker", "hang_worker", "trouble", "crash_host", "hang_host", "crash_archiver", "hang_archiver")
+SORTS: dict[str, tuple[str, ...]] = {
+    "single": tuple(kind for kind in FAULTS if kind != "corrupt_file"),
+    "crashes": ("kill_node", "kill_node", "kill_unseen", *PROCESSES),
+    "coordinator": ("kill_node", "kill_unseen", "pause", "cut_off", "link", "kill_worker"),
+    "partitions": ("cut_off", "one_way", "split", "split", "link", "kill_node", "pause"),
+    "data": ("corrupt", "corrupt", "corrupt_file", "slow_disk", "crash_archiver", "hang_archiver", "kill_node"),
+    "returns": ("kill_node", "kill_node", "kill_worker", "pause", "link"),
+    "disorder": ("kill_node", "kill_worker", "pause", "cut_off", "trouble", "crash_host"),
+}
+
+
+def schedule_of(seed: int) -> Schedule:
+    """Draw a schedule. Every sort gets its turn."""
+    draw = random.Random(seed)
+    sort = list(SORTS)[seed % len(SORTS)]
+    shape = draw.choice(SHAPES[:3] if sort == "single" else SHAPES)
+    nodes = [f"n{i}" for i in range(shape[0] + shape[1])]
+    faults, at = [], draw.choice((0.0, 0.5, 0.8)) + draw.random() * 0.7
+    for place in range(1 if sort == "single" else draw.choice((1, 2, 2, 3, 3, 4, 6))):
+        kind = draw.choice(SORTS[sort])
+        to_coordinator = draw.random() < (0.8 if sort == "coordinator" and place == 0 else 0.25)
+        node = COORDINATOR if to_coordinator else draw.choice(nodes)
+        other = ""
+        if kind == "split":
+            other = " ".join(draw.sample(nodes, draw.randint(1, max(1, len(nodes) - 1))))
+        elif kind == "link":
+            other = draw.choice([*nodes, CLUSTER])
+        elif kind in ("one_way", "cut_off"):
+            other = draw.choice(("out", "in", "breaks"))
+        seconds = draw.choice((0.3, 1.0, 2.0, 2.0, 4.0, 20.0)) * (0.5 + draw.random())
+        faults.append(Fault(round(at, 4), kind, node, round(seconds, 4), other))
+        at += draw.choice((0.005, 0.05, 0.2, 1.0, 3.0)) * 2 * draw.random()
+    return Schedule(
+        sort,
+        shape,
+        tuple(faults),
+        seed,
+        steps=draw.choice((6, 8, 12)),
+        persist_every=draw.choice((2, 4, 100)),
+        step_s=draw.choice((0.03, 0.1, 0.2)),
+        persist_s=draw.choice((0.02, 0.2, 0.6)),
+        pull_s=draw.choice((0.005, 0.02, 0.15)),
+        return_s=draw.choice((0.5, 2.0)) if sort == "returns" else None,
+        disorder=draw.choice((0.01, 0.03, 0.1)) if sort == "disorder" else 0.0,
+        bad_reads=draw.choice((0.0, 0.0, 0.05)) if sort in ("data", "crashes") else 0.0,
+    )
+
+
+def play(schedule: Schedule, log: Callable[[Simulation, str], None] | None = None) -> Simulation:
+    """Play one history to its end; raises Broken when it breaks an invariant."""
+    world_size, spares, replicas = schedule.shape
+    shape = rules(
+        world_size + spares,
+        world_size=world_size,
+        replicas=replicas,
+        total_steps=schedule.steps,
+        persist_every=schedule.persist_every,
+    )
+
+    def prepare(sim: Simulation) -> None:
+        sim.step_s, sim.persist_s, sim.pull_s = schedule.step_s, schedule.persist_s, schedule.pull_s
+        sim.return_s, sim.bad_reads = schedule.return_s, schedule.bad_reads
+        sim.network.disorder = schedule.disorder
+        if log is not None:
+            sim.log = lambda line: log(sim, line)
+        for fault in schedule.faults:
+            sim.after(fault.at, strike, sim, fault)
+
+    sim = Simulation(shape, schedule.seed, prepare=prepare)
+    if schedule.disorder:  # nothing is promised but that no invariant breaks
+        return sim.run_for(DISORDER_S)
+    sim.run(Simulation.over, END_S)
+    if schedule.must_finish() and sim.outcome != "finished":
+        raise Broken(f"I5: {sim.outcome}: {sim.reason}")
+    return sim
+
+
+def strike(sim: Simulation, fault: Fault) -> None:
+    node = fault.node
+    if node == COORDINATOR:
+        node = sim.leader.name if sim.leader is not None else sim.rules.nodes[0]
+    if sim.log is not None:
+        sim.log(f"--- {fault.kind} {node} {fault}")
+    if sim.nodes[node].up and not sim.over():
+        FAULTS[fault.kind](sim, node, fault)
+
+
+# --- many of them ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    seed: int
+    sort: str
+    outcome: str
+    events: int
+    found: str = ""
+
+
+def result_of(seed: int) -> Result:
+    schedule = schedule_of(seed)
+    try:
+        sim = play(schedule)
+    except Broken as error:
+        return Result(seed, schedule.sort, "broken", 0, str(error)[:300])
+    except Exception as error:  # noqa: BLE001  a crash of the core is a finding as well
+        where = " ".join(traceback.format_exc().split("\n")[-6:-1])
+        return Result(seed, schedule.sort, "crashed", 0, f"{type(error).__name__}: {error} {where}"[:500])
+    return Result(seed, schedule.sort, sim.outcome or "unfinished", sim.events)
+
+
+def sweep(seeds: range, processes: int) -> Iterator[Result]:
+    if processes == 1:
+        yield from map(result_of, seeds)
+        return
+    with multiprocessing.Pool(processes) as pool:
+        yield from pool.imap_unordered(result_of, seeds, chunksize=50)
+
+
+def report(seeds: range, processes: int) -> int:
+    """Play many, print what was found; the exit status."""
+    start, shown = time.monotonic(), time.monotonic()
+    outcomes: Counter[tuple[str, str]] = Counter()
+    events, found = 0, []
+    for done, result in enumerate(sweep(seeds, processes), 1):
+        outcomes[result.sort, result.outcome] += 1
+        events += result.events
+        if result.found:
+            found.append(result)
+            print(f"seed {result.seed} ({result.sort}): {result.found}", flush=True)
+        if time.monotonic() - shown > 10:
+            shown = time.monotonic()
+            print(f"{done} of {len(seeds)} schedules, {len(found)} findings, {shown - start:.0f} s", flush=True)
+    passed = time.monotonic() - start
+    print(f"{len(seeds)} schedules, {events} events, {passed:.1f} s, {1000 * passed / len(seeds):.2f} ms each")
+    for sort in SORTS:
+        ends = ", ".join(f"{number} {end}" for (s, end), number in sorted(outcomes.items()) if s == sort)
+        print(f"  {sort:12} {sum(n for (s, _), n in outcomes.items() if s == sort):6}: {ends}")
+    for result in found:
+        print(f"FOUND by seed {result.seed}: replay it with `python -m tests.scenarios.schedules {result.seed}`")
+    return 1 if found else 0
+
+
+def replay(seed: int) -> int:
+    """Play one with a log of all that is decided."""
+    schedule = schedule_of(seed)
+    print(schedule)
+    try:
+        sim = play(schedule, lambda sim, line: print(f"{sim.now:8.3f} {line}"))
+    except Broken as error:
+        print(f"BROKEN {error}")
+        return 1
+    print(f"{sim.outcome}: {sim.reason}; {sim.events} events")
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Play schedules of failures on the simulated cluster.")
+    parser.add_argument("seeds", help="one seed, to be replayed with a log; or FIRST:END")
+    parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
+    options = parser.parse_args()
+    first, colon, end = options.seeds.partition(":")
+    return report(range(int(first), int(end)), options.processes) if colon else replay(int(first))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,266 @@
+"""The coordinator is lost, at every moment that could matter; and what its successor makes of what it finds."""
+
+from collections.abc import Callable
+
+import pytest
+
+from gemini_hpc.core import messages as m
+from gemini_hpc.core.state import NUMBERS_OF_A_TERM, Phase
+from tests.scenarios.simulation import CLUSTER, Content, Simulation, rules
+from tests.scenarios.test_attacks import checkpoint_of
+from tests.scenarios.test_recoveries import finish, started
+
+MOMENTS: dict[str, Callable[[Simulation], bool]] = {
+    "before anybody has built": lambda c: c.leader is not None,
+    "when all are ready": lambda c: bool(c.ordered(m.StartWorld)),
+    "forming the first group": lambda c: c.cluster.phase is Phase.JOINING,
+    "training": lambda c: c.running() and c.cluster.safe_step >= 4,
+    "a node is lost": lambda c: bool(c.said("evict")),
+    "fetching": lambda c: bool(c.said("fetch_started")),
+    "fetched": lambda c: bool(c.said("fetched")),
+    "joining": lambda c: c.cluster.generation == 2 and c.cluster.phase is Phase.JOINING,
+    "one has resumed": lambda c: c.cluster.generation == 2 and bool(c.cluster.resumed),
+    "training again, exposed": lambda c: c.cluster.generation == 2 and c.running() and c.cluster.exposed,
+    "protected again": lambda c: c.cluster.generation == 2 and not c.cluster.exposed,
+    "persisting": lambda c: c.cluster.persisting > 0,
+    "publishing": lambda c: bool(c.ordered(m.Publish)),
+    "the last step is done": lambda c: c.cluster.done_since >= 0,
+}
+WITH_A_LOSS = {"a node is lost", "fetching", "fetched", "joining", "one has resumed"} | {
+    "training again, exposed",
+    "protected again",
+}
+
+
+def until(moment: str) -> Simulation:
+    cluster = Simulation(rules(nodes=7, total_steps=14, persist_every=6))
+    if moment in WITH_A_LOSS:
+        cluster.run(lambda c: c.running() and c.cluster.safe_step >= 2)
+        cluster.kill_node("n2")
+    return cluster.run(MOMENTS[moment])
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("how", ["its node dies", "its node dies unseen", "it is stopped", "it is cut off"])
+def test_the_coordinator_is_lost_and_the_run_goes_on(moment: str, how: str) -> None:
+    cluster = until(moment)
+    lost = cluster.leader
+    assert lost is not None
+    safe = cluster.cluster.safe_step
+    if how == "it is stopped":
+        cluster.pause(lost.name, 8.0)
+    elif how == "it is cut off":
+        cluster.cut(cluster.lines_between([lost.name], [*cluster.rules.nodes, CLUSTER]), 8.0)
+    else:
+        cluster.kill_node(lost.name, seen=how == "its node dies")
+    cluster.run(Simulation.over)
+    assert cluster.outcome == "finished"
+    assert max(cluster.manifests) == 14
+    after = [plan for plan in cluster.said("plan") if plan["generation"] > NUMBERS_OF_A_TERM]
+    assert all(plan["step"] >= safe for plan in after)
+    assert after or "last step" in moment or how == "it is stopped"
+
+
+@pytest.mark.parametrize("second", ["before it is elected", "while it asks", "when it has planned"])
+def test_the_successor_is_lost_too(second: str) -> None:
+    cluster = started(nodes=7)
+    cluster.kill_node("n0")
+    if second == "before it is elected":
+        cluster.kill_node("n1")
+    elif second == "while it asks":
+        cluster.run(lambda c: c.leader is not None and c.leader.name == "n1")
+        cluster.kill_node("n1")
+    else:
+        cluster.run(lambda c: c.cluster.generation > NUMBERS_OF_A_TERM)
+        cluster.kill_node("n1")
+    finish(cluster)  # the group of n0 and n1 is lost, so from the newest checkpoint or afresh; but it goes on
+    assert cluster.cluster.generation > 2 * NUMBERS_OF_A_TERM
+
+
+def test_while_the_last_state_is_saved_the_coordinator_is_lost_and_it_is_saved_all_the_same() -> None:
+    cluster = started(nodes=5)
+    cluster.persist_s = 0.5
+    cluster.kill_node("n4")
+    cluster.kill_node("n3")
+    cluster.run(lambda c: c.cluster.phase is Phase.SAVING)
+    safe = cluster.cluster.safe_step
+    cluster.run_for(0.2)
+    cluster.kill_node("n0")
+    cluster.run(Simulation.over)
+    assert cluster.outcome == "stopped"
+    assert max(cluster.manifests) >= safe
+
+
+def test_a_deposed_coordinator_changes_nothing_any_more() -> None:
+    cluster = started(total_steps=200)
+    old = cluster.nodes["n0"]
+    cluster.pause("n0", 3.0)
+    cluster.run(lambda c: c.leader is not None and c.leader.name == "n1")
+    cluster.run(lambda c: not old.paused)
+    before = len(cluster.orders)
+    for event in (m.NodeExited("n3", "it says"), m.WorkerLost("n2", "it says"), m.Tick("")):
+        old.decide(event)
+    assert cluster.orders[before:] == []
+    cluster.run(lambda c: old.seat.leader == "n1")
+    assert old.seat.cluster is None
+
+
+def test_the_orders_of_a_deposed_coordinator_are_not_obeyed() -> None:
+    cluster = started(total_steps=200)
+    cluster.pause("n0", 3.0)
+    cluster.run(lambda c: c.cluster.generation > NUMBERS_OF_A_TERM and c.running())
+    node = cluster.nodes["n1"]
+    for order in (m.Join("n1", 9 * NUMBERS_OF_A_TERM, 1, 0, 0, "x"), m.Retire("n1", 2), m.Finish("n1", "failed", "x")):
+        node.arrive(node.life, "n0", 0, order)
+    assert node.up
+    assert node.generation == cluster.cluster.generation
+
+
+def test_numbers_of_generations_and_worlds_are_never_used_by_two() -> None:
+    cluster = started(nodes=7)
+    cluster.crash_host("n3")
+    cluster.run(lambda c: c.cluster.world.state == "starting")
+    first = cluster.cluster.world.number
+    cluster.kill_node("n0")  # n1 has never heard of the world that is starting
+    finish(cluster)
+    numbers = [order.world for order in cluster.ordered(m.StartWorld)]
+    assert len(numbers) == len(set(numbers))
+    assert first in numbers
+    assert max(numbers) > NUMBERS_OF_A_TERM
+
+
+def test_snapshots_of_two_coordinators_are_never_mixed() -> None:
+    """n0 trains on after its rank was given away: what it then holds is of its own generation."""
+    cluster = started(total_steps=60, persist_every=100)
+    cluster.cut(cluster.lines_between(["n0", "n1"], ["n2", "n3", "n4"]), 3.0)
+    finish(cluster, 60)  # the invariant is checked at every restore
+
+
+def test_a_checkpoint_that_the_predecessor_had_ordered_is_found_though_the_survey_came_before() -> None:
+    cluster = started()
+    cluster.obeyed = lambda order: not isinstance(order, m.Publish)
+    cluster.run(lambda c: bool(c.ordered(m.Publish)))
+    (order,) = cluster.ordered(m.Publish)
+    cluster.kill_node("n0")
+    cluster.run(lambda c: c.leader is not None and c.leader.name == "n1" and c.cluster.surveyed)
+    cluster.obeyed = None
+    assert cluster.cluster.published is None
+    cluster.publish(order)  # the archiver is slow
+    cluster.tell(m.Published(order.node, order.step, "checkpoints", True, ""))
+    cluster.run(lambda c: c.cluster.published is not None)
+    assert cluster.cluster.published is not None
+    assert cluster.cluster.published.step == order.step
+
+
+def test_a_damaged_checkpoint_gives_way_to_an_older_one() -> None:
+    cluster = Simulation(published=checkpoint_of(10))
+    newest = checkpoint_of(20)
+    cluster.manifests[20] = dict(newest.files)
+    for rank, (_, _, checksum) in newest.files.items():
+        cluster.files[20, rank, checksum] = Content(rank, 20, 7, 0).sealed()
+    cluster.corrupt_file(20, 2)
+    finish(cluster)
+    assert [plan["step"] for plan in cluster.said("plan")] == [20, 10]
+
+
+def test_without_an_older_checkpoint_a_damaged_one_ends_the_run_rather_than_starting_afresh() -> None:
+    cluster = Simulation(published=checkpoint_of(10))
+    cluster.corrupt_file(10, 2)
+    cluster.run(Simulation.over)
+    assert (cluster.outcome, cluster.most_trained) == ("failed", 0)
+    assert "no older" in cluster.reason
+
+
+def test_a_shard_written_by_a_history_that_was_given_up_is_not_published() -> None:
+    cluster = started()
+    cluster.intercept = lambda event: isinstance(event, m.Persisted) and event.rank == 2
+    cluster.run(lambda c: bool(c.held))
+    told = cluster.held[0][2]
+    assert isinstance(told, m.Persisted)
+    cluster.take(m.Persisted(**{**vars(told), "checksum": told.checksum + 1}))
+    assert 2 not in cluster.cluster.files
+    cluster.release()
+    finish(cluster)
+
+
+def test_a_snapshot_that_rotted_in_its_owners_memory_is_fetched_from_a_holder() -> None:
+    cluster = started(total_steps=60, persist_every=100)
+    cluster.kill_worker("n3")
+    cluster.run(lambda c: c.cluster.phase is Phase.GATHERING)
+    step = cluster.cluster.plan.step
+    half = cluster.cluster.copies[1, step]["n1"].half
+    cluster.corrupt("n1", 0, half)
+    finish(cluster, 60)
+    assert [plan["step"] for plan in cluster.said("plan")[1:]] == [step, step]
+    assert cluster.said("fetched")[-1]["source"] == "n0"
+
+
+def test_a_line_that_breaks_costs_nothing_but_what_was_on_it() -> None:
+    """The order that a step is safe is lost: it is given again when the agent repeats its step."""
+    cluster = started(total_steps=60, persist_every=100)
+    lost: list[m.Command] = []
+
+    def lose_one(order: m.Command) -> bool:
+        if isinstance(order, m.Safe) and order.node == "n2" and not lost:
+            lost.append(order)
+            return False
+        return True
+
+    cluster.obeyed = lose_one
+    finish(cluster, 60)
+    assert len(lost) == 1
+    assert cluster.said("safe")[-1]["step"] == 60
+    assert len(cluster.said("plan")) == 1
+
+
+# --- a few nodes ----------------------------------------------------------------------------------------
+
+
+def test_one_node_alone() -> None:
+    finish(Simulation(rules(nodes=1, world_size=1, replicas=1)))
+
+
+@pytest.mark.parametrize("lost", ["n0", "n1"])
+def test_one_rank_and_one_spare_go_on_by_the_clusters_word(lost: str) -> None:
+    cluster = Simulation(rules(nodes=2, world_size=1, replicas=1)).run(lambda c: c.running() and c.reached(5))
+    cluster.kill_node(lost)
+    finish(cluster)
+
+
+@pytest.mark.parametrize("lost", ["n0", "n1"])
+def test_one_rank_and_one_spare_stop_when_the_other_is_only_silent(lost: str) -> None:
+    cluster = Simulation(rules(nodes=2, world_size=1, replicas=1, total_steps=1000))
+    cluster.run(lambda c: c.running() and c.reached(5))
+    cluster.kill_node(lost, seen=False)
+    cluster.run(Simulation.over)
+    assert (cluster.outcome, len(cluster.forsaken)) == ("failed", 1)
+
+
+@pytest.mark.parametrize("lost", ["n0", "n1"])
+def test_two_ranks_without_a_spare_save_what_they_have(lost: str) -> None:
+    cluster = Simulation(rules(nodes=2, world_size=2)).run(lambda c: c.running() and c.cluster.safe_step >= 5)
+    cluster.kill_node(lost)
+    cluster.run(Simulation.over)
+    assert cluster.outcome == "stopped"
+    assert max(cluster.manifests) >= 5
+
+
+@pytest.mark.parametrize("lost", ["n0", "n1", "n2"])
+@pytest.mark.parametrize("seen", [True, False])
+def test_two_ranks_and_a_spare_survive_any_one_of_them(lost: str, seen: bool) -> None:
+    cluster = Simulation(rules(nodes=3, world_size=2)).run(lambda c: c.running() and c.cluster.safe_step >= 5)
+    cluster.kill_node(lost, seen)
+    finish(cluster)
+
+
+def test_halves_of_four_stop_and_the_half_that_is_left_by_the_other_goes_on_or_saves() -> None:
+    cluster = Simulation(rules(nodes=4, world_size=2, total_steps=1000))
+    cluster.run(lambda c: c.running() and c.cluster.safe_step >= 5)
+    cluster.cut(cluster.lines_between(["n0", "n1"], ["n2", "n3"]), 100.0)
+    since = len(cluster.orders)
+    cluster.run_for(3.0)
+    before = len(cluster.orders)
+    cluster.run_for(5.0)
+    assert since <= before == len(cluster.orders)  # nobody decides anything
+    cluster.run(Simulation.over, 200.0)
+    assert cluster.outcome in ("finished", "stopped", "failed")
