@@ -103,10 +103,10 @@ def publish(
     return target
 
 
-def newest(run_dir: Path) -> Manifest | None:
-    """Return the newest valid checkpoint. Looks at names and sizes; reading a file verifies its bytes."""
+def newest(run_dir: Path, below: int | None = None) -> Manifest | None:
+    """Return the newest valid checkpoint (of a step before `below`). Looks at names and sizes; reading verifies bytes."""
     valid, _ = survey(run_dir)
-    return valid[0] if valid else None
+    return next((manifest for manifest in valid if below is None or manifest.step < below), None)
 
 
 def survey(run_dir: Path) -> tuple[list[Manifest], list[str]]:
