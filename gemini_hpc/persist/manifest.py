@@ -104,7 +104,7 @@ def publish(
 
 
 def newest(run_dir: Path, below: int | None = None) -> Manifest | None:
-    """Return the newest valid checkpoint (of a step before `below`). Looks at names and sizes; reading verifies bytes."""
+    """Return the newest valid checkpoint (of a step before `below`), judged by names and sizes; reading verifies."""
     valid, _ = survey(run_dir)
     return next((manifest for manifest in valid if below is None or manifest.step < below), None)
 

@@ -43,7 +43,7 @@ def test_another_node_coordinates_and_a_spare_takes_the_rank(coordinator_lost: R
     assert (first["target"], fault["target"]) == ("node0", "node0")
     assert second["target"] == "node1" and "term 2" in second["reason"]
     assert coordinator_lost.status["coordinator"] == "node1"
-    (plan,) = coordinator_lost.events("plan", generation=2)
+    (plan,) = coordinator_lost.events("plan", node="node1")
     assert {move["rank"]: move["tier"] for move in plan["moves"]} == {0: "peer", 1: "local", 2: "local"}
 
 
@@ -84,7 +84,7 @@ def test_a_lost_node_comes_back_and_is_a_spare(tmp_path: Path, reference: Refere
         run.kill("gemini_hpc.runtime.agent", "node0")
         run.wait_for_end()
         run.assert_identical_to(reference)
-        (plan,) = run.events("plan", generation=3)
+        (plan,) = run.events("plan", node="node1")
         assert {move["rank"]: move["node"] for move in plan["moves"]} == {0: "node2", 1: "node1", 2: "node3"}
 
 
