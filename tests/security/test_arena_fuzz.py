@@ -63,7 +63,9 @@ def image(tmp_path: Path) -> bytes:
     run_id=st.binary(max_size=32),
     length=st.sampled_from([0, 64, 4095, 4096, 8192, 8193, 12_288, 16_384, 24_576, 40_960]),
 )
-def test_any_header(tmp_path: Path, magic: bytes, version: int, areas: int, size: int, run_id: bytes, length: int) -> None:
+def test_any_header(
+    tmp_path: Path, magic: bytes, version: int, areas: int, size: int, run_id: bytes, length: int
+) -> None:
     header = struct.pack("<8sIIQ32s", magic, version, areas, size, run_id)
     opened(file_of(tmp_path, header.ljust(length, b"\xa5")[:length]))
 

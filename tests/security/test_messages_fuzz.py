@@ -119,7 +119,9 @@ def test_bombs_cost_a_bounded_amount_of_memory(what: str) -> None:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 400, '"3"', "true", "null", "[]"])
+@pytest.mark.parametrize(
+    "word", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 400, '"3"', "true", "null", "[]"]
+)
 def test_what_is_no_number_is_refused_where_a_time_is_due(word: str) -> None:
     assert outcome(SAMPLES[1].encode().replace(b"3.0", word.encode())) is None
 
