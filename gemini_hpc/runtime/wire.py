@@ -6,6 +6,7 @@ nothing, and is counted (`Tally`).
 """
 
 import contextlib
+import itertools
 import json
 import os
 import stat
@@ -29,7 +30,7 @@ REVIVE_S = 0.2
 
 _DOMAIN = b"gemini"
 _ENVELOPE_BYTES = 64  # what CURVE puts around a message, and some more
-_KEY_BYTES = 40  # in Z85
+_monitors = itertools.count()  # their names: one that was used is free again only some time later
 _SERVER_EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 _CLIENT_EVENTS = zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 
@@ -246,7 +247,7 @@ class Client:
 
 def _monitor(socket: "zmq.Socket[bytes]", events: int) -> Any:
     """Watch a socket. Without a bound on what waits to be read: at a bound ZeroMQ's own thread would stop."""
-    address = f"inproc://monitor-{id(socket)}"
+    address = f"inproc://monitor-{next(_monitors)}"
     socket.monitor(address, events)
     monitor = socket.context.socket(zmq.PAIR)
     monitor.rcvhwm = 0
