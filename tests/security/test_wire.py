@@ -19,7 +19,7 @@ import zmq
 from gemini_hpc.core.messages import MAX_MESSAGE_BYTES, Abort, Finish, Heartbeat, Message
 from gemini_hpc.errors import GeminiError
 from gemini_hpc.runtime import wire as wire_module
-from gemini_hpc.runtime.wire import Client, Server, Wire, make_keys, read_keys
+from gemini_hpc.runtime.wire import Client, Server, Tally, Wire, make_keys, read_keys
 
 pytestmark = pytest.mark.filterwarnings("ignore:[Uu]nclosed:ResourceWarning")
 """ZeroMQ's sockets are closed with their context, at the end of each test."""
@@ -551,6 +551,7 @@ def test_a_damaged_key_file_is_one_line(tmp_path: Path, content: bytes) -> None:
 def test_descriptors_of_closed_lines_come_back(wire: Wire, server: Server) -> None:
     assert_friends_are_served(wire, server)
     before = descriptors()
-    for number in range(10):
+    for number in range(100):
         assert_friends_are_served(wire, server, f"friend{number}")
+    assert wire.tally == Tally()
     assert until(lambda: server.receive() or descriptors() <= before + 2)
