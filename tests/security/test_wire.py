@@ -373,6 +373,12 @@ def test_who_has_no_proper_name_is_refused(wire: Wire, server: Server, identity:
     assert_friends_are_served(wire, server)
 
 
+def test_a_name_that_zeromq_made_up_is_none() -> None:
+    """A zero byte and four others, which may happen to be text."""
+    assert wire_module._name(b"\0abcd") == ""
+    assert wire_module._name("nœud".encode()) == "nœud"
+
+
 def test_nonsense_from_the_server_is_refused_and_counted(wire: Wire, server: Server) -> None:
     client = wire.call(server.endpoint, "node1")
     client.send(HELLO)
