@@ -127,7 +127,7 @@ def _check_corpus(run_dir: Path, corpus: str) -> None:
     """The losses of a resumed run mean something only if it goes on with the same text."""
     try:
         before = json.loads((run_dir / ENVIRONMENT_FILE).read_text())["corpus"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{run_dir / ENVIRONMENT_FILE} cannot be read; start a new run") from error
     if before != corpus:
         raise UserError(
