@@ -157,8 +157,8 @@ class Shard:
         vars(zero.loss_scaler).update(state["loss_scaler"])
         zero.overflow = state["overflow"]
         zero.micro_step_id = 0
-        for name, value in state["engine"].items():
-            setattr(engine, name, value)
+        for name in _ENGINE_COUNTERS:
+            setattr(engine, name, int(state["engine"][name]))
         if engine.lr_scheduler is not None:
             engine.lr_scheduler.load_state_dict(from_json(state["lr_scheduler"]))
 

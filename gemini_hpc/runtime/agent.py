@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import zmq
 
@@ -116,6 +117,7 @@ class Agent:
         self._started = self._last_round = time.monotonic()
         self._informed: tuple[str, int] = ("", 0)  # the coordinator, and its term, that has our inventory
         self._said_again = self._started
+        self._told_tally = replace(self._wire.tally)
         self._last_step: Stepped | None = None
         self._stopped_since = 0.0  # since when the worker does not run, because of a signal
         self._worker_starts = 0
@@ -164,6 +166,9 @@ class Agent:
             self._archiver_due = 0.0
             self._restart_archiver("it died")
         self._watch_worker(now)
+        if self._wire.tally != self._told_tally:
+            self._told_tally = replace(self._wire.tally)
+            self._events.emit("turned_away", **vars(self._told_tally))
         if now - self._said_again > REPEAT_S:
             self._said_again = now
             self._say_again()
@@ -212,7 +217,7 @@ class Agent:
                     self._server.send(sender, answer)
                 if isinstance(message, Lead) and sender == self._seat.leader:
                     self._inform()
-            elif isinstance(message, Command) and sender == self._seat.leader:
+            elif isinstance(message, Command) and sender == self._seat.leader and message.node == self._node:
                 self._obey(message)
 
     def _inform(self) -> None:
@@ -268,8 +273,8 @@ class Agent:
                 if self._arena is not None:
                     # perhaps back behind the safe step of before: nothing is safe until the coordinator says so again
                     self._arena.safe_step = FRESH
-            role = next(role for role, kinds in ORDERS_FOR.items() if isinstance(order, kinds))
-            self._pass_on(role, order)
+            for role in [role for role, kinds in ORDERS_FOR.items() if isinstance(order, kinds)]:
+                self._pass_on(role, order)
 
     def _pass_on(self, role: str, order: Command) -> None:
         if role == "archiver":
@@ -354,9 +359,8 @@ class Agent:
 
     def _remind_host(self) -> None:
         """A new host has to seal what was written, or sealed without a report, while there was none."""
-        assert self._arena is not None
         for half in (0, 1):
-            if self._arena.record(OWN, half).state in (State.WRITTEN, State.SEALED):
+            if self._arena is not None and self._arena.record(OWN, half).state in (State.WRITTEN, State.SEALED):
                 self._household.send("host", Written(self._node, half))
 
     def _is_load(self, message: Copied) -> bool:

@@ -69,8 +69,14 @@ class Listener:
     def fileno(self) -> int:
         return self._line.fileno()
 
-    def accept(self) -> Channel:
-        """Take the next child; sending to it never blocks: one that is frozen must not freeze its agent."""
-        line, _ = self._line.accept()
+    def accept(self) -> Channel | None:
+        """Take the next child; sending to it never blocks: one that is frozen must not freeze its agent.
+
+        None when it cannot be had now: it hung up again, or this process has no descriptor left.
+        """
+        try:
+            line, _ = self._line.accept()
+        except OSError:
+            return None
         line.setblocking(False)
         return Channel(line)

@@ -119,7 +119,7 @@ class Supervisor:
         return ended
 
     def _handle(self, sender: str, message: Message) -> None:
-        if isinstance(message, NodeUp) and message.node in self._agents:
+        if isinstance(message, NodeUp) and message.node == sender and sender in self._agents:
             for known in (*self._exited.values(), *self._up.values()):
                 self._server.send(message.node, known)
             self._exited.pop(message.node, None)
@@ -127,7 +127,7 @@ class Supervisor:
             self._tell_all(message)
         elif isinstance(message, Lead) and message.term > self._term:
             self._leader, self._term = sender, message.term
-        elif isinstance(message, StartWorld) and sender == self._leader:
+        elif isinstance(message, StartWorld) and sender == self._leader and set(message.members) <= set(self._nodes):
             self._start_world(message)
 
     def _tell_all(self, message: Message) -> None:
