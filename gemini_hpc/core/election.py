@@ -22,6 +22,9 @@ from typing import Any
 from gemini_hpc.core.messages import Command, Deposed, Event, Heartbeat, Lead, NodeExited, RequestVote, Tick, Vote
 from gemini_hpc.core.types import changed
 
+CLUSTER = ""
+"""What orders to the cluster have for their node."""
+
 
 @dataclass(frozen=True)
 class Election:
@@ -131,8 +134,9 @@ def _ask(election: Election, now: float) -> Step:
 
 
 def _beat(election: Election, now: float) -> Step:
-    """Tell everybody who leads; what comes back is the lease."""
-    lead: list[Event | Command] = [Lead(node, election.node, election.term, now) for node in election.peers]
+    """Tell everybody, and the cluster, who leads; what comes back is the lease."""
+    told = (*election.peers, CLUSTER)
+    lead: list[Event | Command] = [Lead(node, election.node, election.term, now) for node in told]
     return changed(election, asked=now), lead
 
 
