@@ -212,7 +212,7 @@ class Simulation:
 
     def restored(self, join: m.Join, members: dict[int, Worker]) -> int:
         """All ranks restore what lies in their own areas; return the state of that history."""
-        contents = {rank: w.node.arena.get((0, w.half)) for rank, w in members.items()}
+        contents = {rank: worker.restored for rank, worker in members.items()}
         return self.invariants.one_history(join.step, contents)
 
     def publish(self, order: m.Publish) -> None:
