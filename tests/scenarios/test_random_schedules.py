@@ -83,7 +83,7 @@ FOUND = {
         persist_s=0.02,
     ),
 }
-"""What seeds have found, by what went wrong. Most have a test of their own as well, which no change of delays unmakes."""
+"""What seeds have found, by what went wrong; most have a test of their own as well, for delays change with the code."""
 
 
 @pytest.mark.parametrize("story", FOUND)
