@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from shlex import quote
 
 from gemini_hpc.cli import Parser, run_command
 from gemini_hpc.errors import UserError
@@ -36,7 +37,7 @@ def main(arguments: list[str]) -> int:
         signal_worker(paths, options.node, "kill_worker", signal.SIGKILL)
     else:
         signal_worker(paths, options.node, "stop_worker", signal.SIGSTOP)
-    print(f"{options.action} {options.node}: done; see `python -m gemini_hpc.status {options.run_dir}`")
+    print(f"{options.action} {options.node}: done; see `python -m gemini_hpc.status {quote(options.run_dir)}`")
     return 0
 
 

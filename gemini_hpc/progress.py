@@ -26,6 +26,7 @@ class Progress:
         self._last = 0.0
         self._state = self._shown = ""
         self._recovered = 0
+        self._told = 1  # the newest generation whose recovery was told; the first is the start
 
     def show(self) -> None:
         """Renew the line, if it is time."""
@@ -35,7 +36,8 @@ class Progress:
         if state == self._state and time.monotonic() - self._last < wait_s:
             return
         self._state, self._last = state, time.monotonic()
-        self._tell_recoveries()
+        if status.get("generation", 0) > self._told:
+            self._tell_recoveries()
         line = _line(status)
         if line != self._shown:
             self._shown = line
@@ -69,6 +71,7 @@ class Progress:
             again = f"training again after {item.ms('first step'):,.0f} ms"
             text = f"{timeline.title(item)}: {timeline.summary(item)}, {again}"
             self._out.write(("\r\x1b[K" if self._rewrites else "") + text + "\n")
+            self._told = max(self._told, *item.generations)
         self._recovered = len(found)
 
 

@@ -3,9 +3,11 @@
 import json
 import sys
 from typing import Any
+from unicodedata import category
 
 from gemini_hpc.analysis import timeline
 from gemini_hpc.cli import Parser, run_command
+from gemini_hpc.errors import parsing
 from gemini_hpc.runtime.paths import open_run
 from gemini_hpc.runtime.processes import is_held
 from gemini_hpc.runtime.status_file import read_status
@@ -18,24 +20,32 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     options = parser.parse_args(arguments)
     paths, run = open_run(options.run_dir)
-    recoveries = timeline.recoveries(read_events(paths.run_dir))
+    with parsing(f"the event log in {paths.run_dir / 'events'}"):
+        recoveries = timeline.recoveries(read_events(paths.run_dir))
+        told = timeline.table(recoveries) if recoveries else ""
     status = {"run_dir": str(paths.run_dir), "alive": is_held(paths.lock), **read_status(paths)}
-    if options.json:
-        status["recoveries"] = [
-            {
-                "title": timeline.title(item),
-                "summary": timeline.summary(item),
-                "generations": list(item.generations),
-                "milestones_ms": {m.name: m.ms for m in item.milestones},
-            }
-            for item in recoveries
-        ]
-        print(json.dumps(status, indent=1))
-        return 0
-    print(_text(run.name, status))
-    if recoveries:
-        print("\n" + timeline.table(recoveries))
+    with parsing(str(paths.status)):
+        text = _json(status, recoveries) if options.json else _text(run.name, status)
+    print(_printable(text if options.json or not told else f"{text}\n\n{told}"))
     return 0
+
+
+def _json(status: dict[str, Any], recoveries: list[timeline.Recovery]) -> str:
+    status["recoveries"] = [
+        {
+            "title": timeline.title(item),
+            "summary": timeline.summary(item),
+            "generations": list(item.generations),
+            "milestones_ms": {m.name: m.ms for m in item.milestones},
+        }
+        for item in recoveries
+    ]
+    return json.dumps(status, indent=1)
+
+
+def _printable(text: str) -> str:
+    """Write control characters as escapes: what stands in a file must not steer the terminal."""
+    return "".join(c if c == "\n" or category(c)[0] != "C" else ascii(c)[1:-1] for c in text)
 
 
 def _text(name: str, status: dict[str, Any]) -> str:
@@ -44,7 +54,7 @@ def _text(name: str, status: dict[str, Any]) -> str:
         return f"{name}: {alive}, {status.get('state', 'no status yet')}"
     lines = [
         f"{name}: {status['state']} ({alive}), step {status['step']} of {status['total_steps']}, "
-        f"generation {status['generation']}",
+        f"generation {status['generation']}, coordinated by {status['coordinator']}",
         f"newest safe step: {_step(status['safe_step'])} in memory (m = {status['replicas']}), "
         f"{_step(status['persistent_step'])} on the persistent tier; "
         + ("protected" if status["protected"] else "not protected at this moment"),

@@ -10,10 +10,11 @@ import sys
 import time
 from datetime import datetime
 from importlib import metadata
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 
-from gemini_hpc import __version__
+from gemini_hpc import __version__, versions
 from gemini_hpc.cli import Parser, run_command
 from gemini_hpc.config import CONFIG_FILE, RunConfig, capacity, dump, load_run, read_run
 from gemini_hpc.data import check_source
@@ -99,6 +100,7 @@ def _new_name(config: RunConfig) -> str:
 def _check(config: RunConfig) -> tuple[capacity.Needs | None, str]:
     """Return what the run needs and its corpus's fingerprint; UserError for text or memory that is not there."""
     if config.train.entry != EXAMPLE:
+        _check_entry(config.train.entry)
         return None, ""  # somebody else's model and data: known once they are built
     model = config.model
     presets.model_shape(model.family, model.preset, model.seq_len)
@@ -110,11 +112,22 @@ def _check(config: RunConfig) -> tuple[capacity.Needs | None, str]:
     return capacity.check(config, shapes, capacity.room_at(config.site)), corpus
 
 
+def _check_entry(name: str) -> None:
+    """Look for the module of "package.module:function", as a worker would, without running it."""
+    top = name.partition(":")[0].partition(".")[0]
+    try:
+        found = find_spec(top) is not None
+    except (ImportError, ValueError):
+        found = False
+    if not found:
+        raise UserError(f"train.entry {name!r}: no module {top!r} here or in this Python; give module:function")
+
+
 def _check_corpus(run_dir: Path, corpus: str) -> None:
     """The losses of a resumed run mean something only if it goes on with the same text."""
     try:
         before = json.loads((run_dir / ENVIRONMENT_FILE).read_text())["corpus"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{run_dir / ENVIRONMENT_FILE} cannot be read; start a new run") from error
     if before != corpus:
         raise UserError(
@@ -129,15 +142,16 @@ def _resume(run_dir: Path, options: argparse.Namespace) -> tuple[Path, RunConfig
     paths = RunPaths(run_dir.resolve(), Path(config.site.shm_dir))
     if is_held(paths.lock):
         raise UserError(
-            f"{run_dir} is being run already (site {site}); watch it: python -m gemini_hpc.status {run_dir}"
+            f"{run_dir} is being run already (site {site}); "
+            f"watch it: python -m gemini_hpc.status {shlex.quote(str(run_dir))}"
         )
     try:
         newest = manifest.newest(run_dir)
     except manifest.PersistError as error:
         raise UserError(f"{error}; make it readable, or start a new run") from error
-    if newest and newest.fingerprint != fingerprint(config):
+    if fingerprint(before) != fingerprint(config) or (newest and newest.fingerprint != fingerprint(config)):
         raise UserError(
-            f"{run_dir} was trained with other settings of model, data, train or number of nodes; "
+            f"{run_dir} was started with other settings of model, data, train or number of nodes; "
             "resume it without those overrides, or start a new run"
         )
     if newest and newest.step >= config.train.steps:
@@ -196,12 +210,15 @@ def _submit(run_dir: Path, config: RunConfig, needs: capacity.Needs | None, wait
         os.environ[ATTACHED] = str(os.getpid())
     shown = shlex.quote(str(run_dir))
     print(f"run      {run_dir}")
+    job = f"{config.model.family} {config.model.preset}" if config.train.entry == EXAMPLE else config.train.entry
     print(
-        f"         {config.model.family} {config.model.preset}, {config.cluster.nodes} nodes + "
+        f"         {job}, {config.cluster.nodes} nodes + "
         f"{config.cluster.spares} spare, {config.protect.replicas} copies of every snapshot"
     )
     if needs:
         print(f"memory   {needs.snapshot_bytes / 1e6:.1f} MB a snapshot, {needs.arena_bytes / 1e6:.1f} MB a node")
+    if versions.mismatch():
+        print(f"versions {versions.mismatch()}: a recovery builds engines anew (1 to 2 s) instead of swapping them")
     told_to_end: list[int] = []
     if wait:  # noted rather than raised: whatever comes when, and however often, the job is cancelled once, in order
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -101,16 +101,18 @@ def read_reference(run_dir: Path) -> list[dict[str, Any]]:
     """
     path = run_dir / "reference" / "losses.jsonl"
     try:
-        text = path.read_text()
+        text = path.read_text(errors="replace")
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise GeminiError(f"cannot read {path}: {error.strerror}") from error
     lines = []
     for number, text_line in enumerate(text.split("\n")[:-1], start=1):
         try:
             line = json.loads(text_line)
             lines.append({"rank": int(line["rank"]), "step": int(line["step"]), "loss": float(line["loss"])})
-        except (ValueError, KeyError, TypeError) as error:
-            raise GeminiError(f"{path} is damaged in line {number}: {error}") from error
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise GeminiError(f"{path} is damaged in line {number}: {ascii(str(error))[:100]}") from error
     return lines
 
 

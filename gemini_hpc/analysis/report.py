@@ -15,7 +15,7 @@ from plotly.offline import get_plotlyjs
 from gemini_hpc.analysis import figures, frames, timeline
 from gemini_hpc.analysis.compare import Comparison, compare, read_reference
 from gemini_hpc.analysis.timeline import number
-from gemini_hpc.errors import UserError
+from gemini_hpc.errors import UserError, parsing
 from gemini_hpc.persist import survey
 from gemini_hpc.telemetry import read_events
 
@@ -70,7 +70,9 @@ def write_report(run_dir: Path) -> Path:
     reference = read_reference(run_dir)
     path = run_dir / "report.html"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(_page(run_dir, _config(run_dir), events, reference), encoding="utf-8")
+    with parsing(f"the event log in {run_dir / 'events'}"):
+        page = _page(run_dir, _config(run_dir), events, reference)
+    temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     temporary.rename(path)
     return path
 
@@ -141,7 +143,7 @@ def _subtitle(config: Mapping[str, Any], events: Sequence[Event]) -> str:
         " ".join(str(model[key]) for key in ("family", "preset") if key in model),
         str(train.get("precision", "")),
         f"{cluster['nodes']} nodes + {cluster.get('spares', 0)} spare" if "nodes" in cluster else "",
-        f"{protect['replicas']} replicas, {protect.get('placement', '')}" if "replicas" in protect else "",
+        f"{protect['replicas']} replicas" if "replicas" in protect else "",
         time.strftime("%Y-%m-%d %H:%M", time.localtime(start)),
         _duration(end - start),
         ": ".join(filter(None, [states[-1].get("state"), states[-1].get("reason")])) if states else "",
@@ -257,7 +259,7 @@ def _duration(seconds: float) -> str:
 def _config(run_dir: Path) -> Mapping[str, Any]:
     try:
         config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+    except (OSError, yaml.YAMLError, ValueError, RecursionError):
         return {}  # the report is about what happened; without the configuration it says less
     return config if isinstance(config, dict) else {}
 

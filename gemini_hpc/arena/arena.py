@@ -11,6 +11,7 @@ unlinks a segment that other processes still use (FACTS.md section 3).
 
 import mmap
 import os
+import stat
 import struct
 import zlib
 from dataclasses import dataclass
@@ -77,13 +78,16 @@ class Geometry:
         return self.data_offset + 2 * self.areas * self.half_bytes
 
     def record_offset(self, area: int, half: int) -> int:
-        return _PAGE + (2 * area + half) * _RECORD_STRIDE
+        return _PAGE + self._number(area, half) * _RECORD_STRIDE
 
     def payload_offset(self, area: int, half: int) -> int:
         """Byte offset of a half in the file, and so the displacement in the MPI window over it."""
+        return self.data_offset + self._number(area, half) * self.half_bytes
+
+    def _number(self, area: int, half: int) -> int:
         if not (0 <= area < self.areas and half in (0, 1)):
             raise ArenaError(f"no half ({area}, {half}) in an arena of {self.areas} areas")
-        return self.data_offset + (2 * area + half) * self.half_bytes
+        return 2 * area + half
 
 
 class Arena:
@@ -130,23 +134,17 @@ class Arena:
     def open(cls, path: Path) -> "Arena":
         """Map an existing arena. Raises ArenaError when it is missing, foreign or of the wrong size."""
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise ArenaError(f"cannot open {path}: {error.strerror}") from error
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except (OSError, ValueError) as error:
+            raise ArenaError(f"cannot open {path}: {getattr(error, 'strerror', None) or error}") from error
         try:
-            size = os.fstat(fd).st_size
-            if size < _PAGE:
-                raise ArenaError(f"{path} is too short to be an arena ({size} bytes)")
-            mapping = mmap.mmap(fd, size)
+            geometry, run_id = _read_header(path, fd)
+            mapping = mmap.mmap(fd, geometry.arena_bytes)
+        except OSError as error:
+            raise ArenaError(f"cannot map {path}: {error.strerror}") from error
         finally:
             os.close(fd)
-        magic, version, areas, snapshot_bytes, run_id = _HEADER.unpack_from(mapping, 0)
-        if magic != _MAGIC or version != _VERSION:
-            raise ArenaError(f"{path} is not an arena of version {_VERSION}")
-        geometry = Geometry(areas, snapshot_bytes)
-        if geometry.arena_bytes != size:
-            raise ArenaError(f"{path} has {size} bytes, its header says {geometry.arena_bytes}")
-        return cls(path, mapping, geometry, run_id.rstrip(b"\0").decode(errors="replace"))
+        return cls(path, mapping, geometry, run_id)
 
     def payload(self, area: int, half: int) -> memoryview:
         """Writable view of one half, `snapshot_bytes` long."""
@@ -166,7 +164,12 @@ class Arena:
         return Record(State(state), rank, step, generation, nbytes, checksum)
 
     def write_record(self, area: int, half: int, record: Record) -> None:
-        raw = _RECORD.pack(record.state, record.rank, record.step, record.generation, record.nbytes, record.checksum)
+        """Write a half's record. Raises ArenaError for one that does not fit: orders may name any numbers."""
+        fields = (record.state, record.rank, record.step, record.generation, record.nbytes, record.checksum)
+        try:
+            raw = _RECORD.pack(*fields)
+        except struct.error as error:
+            raise ArenaError(f"no such record: {fields}") from error
         start = self.geometry.record_offset(area, half)
         self.buffer[start : start + len(raw) + _CRC.size] = raw + _CRC.pack(zlib.crc32(raw))
 
@@ -178,3 +181,21 @@ class Arena:
     @safe_step.setter
     def safe_step(self, step: int) -> None:
         _SAFE.pack_into(self.buffer, _SAFE_OFFSET, step)
+
+
+def _read_header(path: Path, fd: int) -> tuple[Geometry, str]:
+    """Check a file before it is mapped; return what its header says."""
+    status = os.fstat(fd)
+    # the memory file system is everybody's: a file that somebody else put under our name would see our snapshots
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
+        raise ArenaError(f"{path} is not a file of yours alone")
+    head = os.pread(fd, _PAGE, 0)
+    if len(head) < _PAGE:
+        raise ArenaError(f"{path} is too short to be an arena ({len(head)} bytes)")
+    magic, version, areas, snapshot_bytes, run_id = _HEADER.unpack_from(head)
+    if magic != _MAGIC or version != _VERSION:
+        raise ArenaError(f"{path} is not an arena of version {_VERSION}")
+    geometry = Geometry(areas, snapshot_bytes)
+    if areas < 1 or geometry.arena_bytes != status.st_size:
+        raise ArenaError(f"{path} has {status.st_size} bytes, its header says {areas} areas of {snapshot_bytes} bytes")
+    return geometry, run_id.rstrip(b"\0").decode(errors="replace")

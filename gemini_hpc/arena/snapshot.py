@@ -77,21 +77,33 @@ class SnapshotIndex:
                 raise ValueError("unknown format")
             tensors = tuple(TensorSpec(**{**t, "shape": tuple(t["shape"])}) for t in raw.pop("tensors"))
             index = cls(tensors=tensors, **raw)
-            numbers = (index.rank, index.step, index.world_size, index.nbytes)
-            if not all(type(number) is int for number in numbers) or not isinstance(index.state, dict):
-                raise ValueError("types")
-            if index.nbytes > len(payload):
-                raise ValueError(f"{index.nbytes} bytes in a payload of {len(payload)}")
-            for tensor in tensors:
-                if not isinstance(tensor.name, str):
-                    raise ValueError("name of a tensor")
-                if tensor.nbytes != prod(tensor.shape) * _ITEM_BYTES[tensor.dtype]:
-                    raise ValueError(f"size of {tensor.name}")
-                if tensor.offset < INDEX_BYTES or tensor.offset + tensor.nbytes > index.nbytes:
-                    raise ValueError(f"place of {tensor.name}")
+            _check(index, len(payload))
         except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise GeminiError(f"not a snapshot: {error}") from error
         return index
+
+
+def _check(index: SnapshotIndex, room: int) -> None:
+    """Raise ValueError, KeyError or TypeError unless all fields have their types and all tensors their own place."""
+    numbers = (index.rank, index.step, index.world_size, index.nbytes)
+    if not all(type(number) is int for number in numbers) or not isinstance(index.state, dict):
+        raise ValueError("types")
+    if not 0 <= index.rank < index.world_size or index.step < 0:
+        raise ValueError(f"rank {index.rank} of {index.world_size}, step {index.step}")
+    if not INDEX_BYTES <= index.nbytes <= room:
+        raise ValueError(f"{index.nbytes} bytes in a payload of {room}")
+    end = INDEX_BYTES
+    for tensor in index.tensors:
+        if not isinstance(tensor.name, str) or not isinstance(tensor.dtype, str):
+            raise ValueError("name of a tensor")
+        sizes = (*tensor.shape, tensor.offset, tensor.nbytes)
+        if any(type(size) is not int or size < 0 for size in sizes):
+            raise ValueError(f"types in {tensor.name!r}")
+        if tensor.nbytes != prod(tensor.shape) * _ITEM_BYTES[tensor.dtype]:
+            raise ValueError(f"size of {tensor.name!r}")
+        if tensor.offset < end or tensor.offset + tensor.nbytes > index.nbytes:
+            raise ValueError(f"place of {tensor.name!r}")
+        end = tensor.offset + tensor.nbytes
 
 
 @lru_cache(maxsize=8)

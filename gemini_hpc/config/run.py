@@ -76,10 +76,8 @@ class ProtectConfig(Section):
 
     replicas: int = Field(2, ge=1)
     """copies of every snapshot in the memory of different nodes, the owner's own included"""
-    placement: Literal["mixed"] = "mixed"
-    """who holds whose replicas; mixed: groups, and a ring of what is left over"""
     strict: bool = False
-    """wait in every step until its snapshot is safe on all holders"""
+    """wait in every step until its snapshot is safe on all holders: a failure costs the step in flight alone"""
     persist_every: int = Field(40, ge=1)
     """steps between two checkpoints on the persistent tier"""
     keep: int = Field(3, ge=1)

@@ -35,7 +35,7 @@ class SiteConfig(Section):
     shm_dir: str = Field("/dev/shm", min_length=1)
     """the memory file system of every node, for the arenas"""
     interface: str | None = None
-    """network interface of replicas and control plane; null: the default route's"""
+    """network interface of the replicas, such as ib0; null: the default route's"""
     timeout_min: int = Field(1440, ge=1)
     """time limit of the job, minutes"""
     signal_delay_s: int = Field(120, ge=1)

@@ -64,7 +64,19 @@ def _checked(message: str, name: str, kind: Any, value: Any) -> Any:
         return value
     if type(value) is not plain:
         raise MessageError(f"{message}.{name}: {type(value).__name__} instead of {plain.__name__}")
+    if plain is int and not -(2**63) <= value < 2**64:  # of the arena's records
+        raise MessageError(f"{message}.{name}: {value} has more than 64 bits")
+    if plain is str and not _is_text(value):
+        raise MessageError(f"{message}.{name} is no text")
     return value
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be written out; a lone surrogate, and a NUL for the system's calls, cannot."""
+    try:
+        return b"\0" not in value.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 # --- events: what the coordinator is told -------------------------------------------------------------

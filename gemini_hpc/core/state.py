@@ -149,7 +149,7 @@ class Cluster:
     misses: Mapping[tuple[int, int, str], int] = field(default_factory=dict)  # (rank, step, source) -> failed reads
     loading: frozenset[int] = frozenset()  # ranks that were told to Load
     safe_step: int = FRESH
-    exposed: bool = False  # recovered, and not yet safe again
+    exposed: bool = True  # nothing is safe yet, or not again since the last recovery
     fruitless: int = 0  # generations since the last finished step
     worlds: int = 0  # the number of the last that this coordinator started
     world: World = World()

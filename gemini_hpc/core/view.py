@@ -4,20 +4,22 @@ from typing import Any
 
 from gemini_hpc.core.placement import groups
 from gemini_hpc.core.state import Cluster, Member, Phase, Worker
+from gemini_hpc.core.types import FRESH
 
 
 def describe(cluster: Cluster, now: float) -> dict[str, Any]:
     """Return a JSON-ready summary: phase, ranks, nodes, tiers, and by name whatever is being waited for."""
     rules = cluster.rules
     return {
-        "state": cluster.outcome or cluster.phase.value,
+        "state": "closing" if cluster.phase is Phase.FINISHED else cluster.phase.value,  # the job has the last word
         "generation": cluster.generation,
         "step": max(0, min(cluster.stepped.values(), default=cluster.plan.step if cluster.plan else 0)),
         "total_steps": rules.total_steps,
         "world_size": rules.world_size,
         "replicas": rules.replicas,
         "placement_groups": [list(group) for group in groups(rules.world_size, rules.replicas)],
-        "safe_step": cluster.safe_step,
+        # right after a recovery, what was restored is complete in memory though not on all holders: not "protected"
+        "safe_step": cluster.safe_step if cluster.safe_step != FRESH or not cluster.plan else cluster.plan.step,
         "persistent_step": cluster.published.step if cluster.published else -1,
         "protected": not cluster.exposed,
         "window_world": {"number": cluster.world.number, "state": cluster.world.state},

@@ -13,6 +13,7 @@ import torch
 
 from gemini_hpc.arena import SnapshotIndex, TensorSpec, layout
 from gemini_hpc.engine.generators import Generators
+from gemini_hpc.engine.json_state import from_json, to_json
 from gemini_hpc.errors import UserError
 
 _DTYPES = {
@@ -37,6 +38,7 @@ class Shard:
         """Find the shard; Adam's state, which torch creates in the first step, is created now."""
         self._engine = engine
         self._zero = engine.optimizer
+        _check_settings(self._zero.optimizer)
         for flat in self._zero.fp32_partitioned_groups_flat:
             _create_moments(self._zero.optimizer, flat)
         self.clear_padding()
@@ -49,6 +51,7 @@ class Shard:
         states, _ = self._generators.capture()
         tensors = self._tensors() | states
         self.specs, self.nbytes = layout([(name, _DTYPES[t.dtype], tuple(t.shape)) for name, t in tensors.items()])
+        self._small_state()  # what no snapshot can carry is refused here, before anything is trained
         self._known_places: dict[int, list[np.ndarray[Any, Any]]] = {}  # address of a payload -> its tensors
 
     def clear_padding(self) -> None:
@@ -133,13 +136,14 @@ class Shard:
                 float(zero.optimizer.state[flat]["step"]) for flat in zero.fp32_partitioned_groups_flat
             ],
             "param_groups": [
-                {key: value for key, value in group.items() if key != "params" and _is_plain(value)}
-                for group in zero.optimizer.param_groups
+                {key: value for key, value in group.items() if key != "params"} for group in zero.optimizer.param_groups
             ],
             "loss_scaler": {k: v for k, v in vars(zero.loss_scaler).items() if isinstance(v, _PLAIN)},
             "overflow": bool(zero.overflow),
             "engine": {name: int(getattr(engine, name)) for name in _ENGINE_COUNTERS},
-            "lr_scheduler": scheduler.state_dict() if scheduler is not None else None,
+            "lr_scheduler": to_json(scheduler.state_dict(), f"lr_scheduler {type(scheduler).__name__}")
+            if scheduler is not None
+            else None,
         }
 
     def _put_small_state(self, state: Mapping[str, Any]) -> None:
@@ -153,16 +157,26 @@ class Shard:
         vars(zero.loss_scaler).update(state["loss_scaler"])
         zero.overflow = state["overflow"]
         zero.micro_step_id = 0
-        for name, value in state["engine"].items():
-            setattr(engine, name, value)
+        for name in _ENGINE_COUNTERS:
+            setattr(engine, name, int(state["engine"][name]))
         if engine.lr_scheduler is not None:
-            engine.lr_scheduler.load_state_dict(state["lr_scheduler"])
+            engine.lr_scheduler.load_state_dict(from_json(state["lr_scheduler"]))
+
+
+def _check_settings(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse what a snapshot would not carry."""
+    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+        raise UserError(f"optimizer {type(optimizer).__name__} is not supported; use torch.optim.AdamW or Adam")
+    for group in optimizer.param_groups:
+        if group.get("amsgrad"):
+            raise UserError("amsgrad=True is not supported; leave it out of the optimizer")
+        for key, value in group.items():
+            if key != "params" and not _is_plain(value):
+                raise UserError(f"the optimizer's {key} is a {type(value).__name__}; give a plain number")
 
 
 def _create_moments(optimizer: torch.optim.Optimizer, flat: torch.Tensor) -> None:
     """Create Adam's state as torch 2.13 does in its first step."""
-    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
-        raise UserError(f"optimizer {type(optimizer).__name__} is not supported; use torch.optim.AdamW or Adam")
     state = optimizer.state[flat]
     if not state:
         state["step"] = torch.tensor(0.0, dtype=torch.float32)

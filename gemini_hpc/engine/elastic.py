@@ -129,8 +129,12 @@ class ElasticWorld:
 
     def new_store(self) -> "tuple[dist.TCPStore, str]":
         """Open a c10d store for a coming generation in this process; return it and its "host:port"."""
-        store = dist.TCPStore(self._address, 0, None, True, self._timeout, wait_for_workers=False)
-        return store, f"{self._address}:{store.port}"
+        listener = socket.create_server((self._address, 0))  # left to itself the store listens on all interfaces
+        port = listener.getsockname()[1]
+        bound: dict[str, Any] = {"wait_for_workers": False, "master_listen_fd": listener.fileno()}
+        store = dist.TCPStore(self._address, port, None, True, self._timeout, **bound)
+        listener.detach()  # the store's now
+        return store, f"{self._address}:{port}"
 
     def join(self, generation: int, rank: int, address: str) -> None:
         """Put the real group of `generation` inside every elastic group (all ranks).

@@ -18,7 +18,7 @@ import numpy as np
 from gemini_hpc.arena import INDEX_BYTES, SnapshotIndex, TensorSpec
 from gemini_hpc.arena import checksum as checksum_of
 from gemini_hpc.errors import GeminiError
-from gemini_hpc.persist.manifest import PersistError, reason, replacing
+from gemini_hpc.persist.manifest import PersistError, plain_size, reason, replacing
 
 _FORMAT = 1
 _LENGTH_BYTES = 8
@@ -67,11 +67,12 @@ def read_shard(path: Path, out: memoryview) -> int:
     """
     np.frombuffer(out, np.uint8).fill(0)
     try:
+        plain_size(path)
         with h5py.File(path, "r", locking=False) as file:
             nbytes = _read(file, out)
-            checksum = int(file.attrs["checksum"])
+            checksum = _number(file, "checksum")
         _verify(out[:nbytes], checksum)
-    except (GeminiError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+    except (GeminiError, OSError, RuntimeError, ValueError, TypeError, KeyError, MemoryError) as error:
         raise PersistError(f"cannot use {path}: {reason(error)}") from error
     return checksum
 
@@ -107,9 +108,9 @@ def _write(file: h5py.File, index: SnapshotIndex, payload: memoryview, checksum:
 
 def _read(file: h5py.File, out: memoryview) -> int:
     """Fill `out` from `file` and return the size of the payload."""
-    if int(file.attrs["format"]) != _FORMAT:
-        raise PersistError(f"format {file.attrs['format']} is not known")
-    stored = file["index"]
+    if (known := _number(file, "format")) != _FORMAT:
+        raise PersistError(f"format {known} is not known")
+    stored = _dataset(file, "index")
     room = INDEX_BYTES - _LENGTH_BYTES
     if stored.shape != () or stored.dtype.kind != "S" or stored.dtype.itemsize > room:
         raise PersistError("its index is not one of ours")
@@ -117,12 +118,37 @@ def _read(file: h5py.File, out: memoryview) -> int:
     out[:INDEX_BYTES] = len(text).to_bytes(_LENGTH_BYTES, "little") + text.ljust(room)
     index = SnapshotIndex.read(out)
     for tensor in index.tensors:
-        dataset = file[_name(tensor)]
+        dataset = _dataset(file, _name(tensor))
         if dataset.shape != tensor.shape or dataset.dtype != _DTYPES[tensor.dtype]:
             raise PersistError(f"tensor {tensor.name} is not what the index says")
         if tensor.nbytes:
             dataset.read_direct(_view(out, tensor))
     return index.nbytes
+
+
+def _number(file: h5py.File, name: str) -> int:
+    value = file.attrs[name]
+    if not isinstance(value, np.integer):
+        raise PersistError(f"its {name} is no whole number")
+    return int(value)
+
+
+def _dataset(file: h5py.File, name: str) -> h5py.Dataset:
+    """Return a dataset that lies in this very file, as we write them.
+
+    Others may name other files of the reader's (links, virtual and external data), or have HDF5 load filters.
+    """
+    parts = name.split("/")
+    for depth in range(1, len(parts) + 1):
+        if not isinstance(file.get("/".join(parts[:depth]), getlink=True), h5py.HardLink):
+            raise PersistError(f"it has no {ascii(name)[:100]}")
+    dataset = file[name]
+    if not isinstance(dataset, h5py.Dataset):
+        raise PersistError(f"{ascii(name)[:100]} holds no numbers")
+    how = dataset.id.get_create_plist()
+    if how.get_layout() not in (h5py.h5d.CONTIGUOUS, h5py.h5d.COMPACT) or how.get_external_count():
+        raise PersistError(f"{ascii(name)[:100]} is not stored as we store it")
+    return dataset
 
 
 def _name(tensor: TensorSpec) -> str:

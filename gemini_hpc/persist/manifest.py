@@ -4,10 +4,12 @@ A directory is a checkpoint if and only if it holds a valid manifest.json. That 
 rename, so whoever dies on the way leaves a directory that nobody mistakes for a checkpoint.
 """
 
+import errno
 import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +22,9 @@ from gemini_hpc.errors import GeminiError
 MANIFEST = "manifest.json"
 
 _FORMAT = 1
-_STEP_DIR = re.compile(r"step-(\d{8,})")
+_STEP_DIR = re.compile(r"step-([0-9]{8,18})")
+_SHARD_NAME = re.compile(r"rank-[0-9]{4,18}\.h5")
+_MANIFEST_BYTES_MAX = 64 << 20  # some hundred thousand ranks
 
 
 class PersistError(GeminiError):
@@ -103,10 +107,10 @@ def publish(
     return target
 
 
-def newest(run_dir: Path) -> Manifest | None:
-    """Return the newest valid checkpoint. Looks at names and sizes; reading a file verifies its bytes."""
+def newest(run_dir: Path, below: int | None = None) -> Manifest | None:
+    """Return the newest valid checkpoint (of a step before `below`), judged by names and sizes; reading verifies."""
     valid, _ = survey(run_dir)
-    return valid[0] if valid else None
+    return next((manifest for manifest in valid if below is None or manifest.step < below), None)
 
 
 def survey(run_dir: Path) -> tuple[list[Manifest], list[str]]:
@@ -185,15 +189,21 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def plain_size(path: Path) -> int:
+    """Return the size of a regular file; OSError for anything else: a link leads elsewhere, a pipe waits for ever."""
+    status = os.lstat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is no plain file")
+    return status.st_size
+
+
 def reason(error: BaseException) -> str:
     """Return why in a few words, on one line; HDF5 hides the error number in the middle of a long message."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror and error.errno:
-        number: int | None = error.errno
-    else:
-        hidden = re.search(r"errno = (\d+)", text)
-        number = int(hidden[1]) if hidden else None
-    return os.strerror(number) if number else text[:200] or type(error).__name__
+        return error.strerror
+    hidden = re.search(r"errno = (\d+)", text)
+    return os.strerror(int(hidden[1])) if hidden else text[:200] or type(error).__name__
 
 
 def _step_dirs(run_dir: Path) -> list[tuple[int, Path]]:
@@ -211,11 +221,13 @@ def _load(directory: Path) -> Manifest:
     """Read and check the manifest of `directory`. Raises PersistError that says what is wrong with it."""
     path = directory / MANIFEST
     try:
+        if plain_size(path) > _MANIFEST_BYTES_MAX:
+            raise ValueError("its size")
         raw = json.loads(path.read_bytes())
         if raw["format"] != _FORMAT:
-            raise ValueError(f"format {raw['format']!r}")
+            raise ValueError(f"format {ascii(raw['format'])[:100]}")
         files = tuple(
-            ShardFile(_int(f["rank"]), str(f["name"]), _int(f["bytes"]), int(f["checksum"], 16)) for f in raw["files"]
+            ShardFile(_int(f["rank"]), str(f["name"]), _int(f["bytes"]), _checksum(f["checksum"])) for f in raw["files"]
         )
         manifest = Manifest(
             directory,
@@ -240,14 +252,14 @@ def _check(manifest: Manifest) -> None:
     if checkpoint_dir(manifest.path.parents[1], manifest.step) != manifest.path:
         raise PersistError(f"{manifest.path / MANIFEST} belongs to step {manifest.step}")
     ranks = [file.rank for file in manifest.files]
-    if not ranks or ranks != list(range(manifest.world_size)):
-        raise PersistError(f"{manifest.path} has files of ranks {ranks} for {manifest.world_size} ranks")
+    if not ranks or len(ranks) != manifest.world_size or ranks != list(range(len(ranks))):
+        raise PersistError(f"{manifest.path} does not have one file for each of {manifest.world_size} ranks")
     for file in manifest.files:
+        if not _SHARD_NAME.fullmatch(file.name):
+            raise PersistError(f"{manifest.path / MANIFEST} names a file elsewhere: {ascii(file.name)[:100]}")
         path = manifest.path / file.name
-        if file.name != os.path.basename(file.name) or not file.name:
-            raise PersistError(f"{manifest.path / MANIFEST} names a file elsewhere: {file.name!r}")
         try:
-            size = path.stat().st_size
+            size = plain_size(path)
         except OSError as error:
             raise PersistError(f"cannot find {path}: {reason(error)}") from error
         if size != file.nbytes:
@@ -255,6 +267,12 @@ def _check(manifest: Manifest) -> None:
 
 
 def _int(value: Any) -> int:
-    if type(value) is not int:
-        raise ValueError(f"{value!r} where a whole number belongs")
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{ascii(value)[:100]} where a whole number belongs")
     return value
+
+
+def _checksum(value: Any) -> int:
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{16}", value):
+        raise ValueError(f"{ascii(value)[:100]} where a checksum belongs")
+    return int(value, 16)

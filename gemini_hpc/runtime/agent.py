@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import zmq
 
@@ -67,12 +68,14 @@ FLUSH_S = 2.0
 """How long the end may wait for the event log."""
 
 ARCHIVER = "gemini_hpc.runtime.archiver"
+REPEAT_S = 1.0
+"""How often the last step and the sealed snapshots are told again."""
+
 RESTART_S = 1.0
 """Between the death of an archiver and the start of the next: one that cannot start must not fill the machine."""
 
 ORDERS_FOR = {
     "worker": (Join, Abort),
-    "host": (Pull, Gone),
     "archiver": (Persist, Load, Publish),
 }
 
@@ -113,6 +116,9 @@ class Agent:
         self._archiving: list[tuple[float, Message]] = []  # orders that the archiver has not answered
         self._started = self._last_round = time.monotonic()
         self._informed: tuple[str, int] = ("", 0)  # the coordinator, and its term, that has our inventory
+        self._said_again = self._started
+        self._told_tally = replace(self._wire.tally)
+        self._last_step: Stepped | None = None
         self._stopped_since = 0.0  # since when the worker does not run, because of a signal
         self._worker_starts = 0
         self._last_words = ""  # why the worker is about to exit
@@ -160,6 +166,19 @@ class Agent:
             self._archiver_due = 0.0
             self._restart_archiver("it died")
         self._watch_worker(now)
+        if self._wire.tally != self._told_tally:
+            self._told_tally = replace(self._wire.tally)
+            self._events.emit("turned_away", **vars(self._told_tally))
+        if now - self._said_again > REPEAT_S:
+            self._said_again = now
+            self._say_again()
+
+    def _say_again(self) -> None:
+        """A line may have broken, and a message with it: repeat what is told only once."""
+        if self._last_step is not None:
+            self._tell(self._last_step)
+        if self._host_world:
+            self._remind_host()
 
     def _watch_worker(self, now: float) -> None:
         """A stopped worker (SIGSTOP, a debugger) holds up all ranks, and no socket breaks: end it."""
@@ -196,14 +215,15 @@ class Agent:
             if isinstance(message, (RequestVote, Lead)):
                 for answer in self._role.obey(message):
                     self._server.send(sender, answer)
-                self._inform()
-            elif isinstance(message, Command) and sender == self._seat.leader:
+                if isinstance(message, Lead) and sender == self._seat.leader:
+                    self._inform()
+            elif isinstance(message, Command) and sender == self._seat.leader and message.node == self._node:
                 self._obey(message)
 
     def _inform(self) -> None:
         """Tell a new coordinator what there is on this node."""
         election = self._seat.election
-        if not election.leader or self._informed == (election.leader, election.term):
+        if self._informed == (election.leader, election.term):
             return
         self._informed = (election.leader, election.term)
         training, host = self._training, self._host
@@ -239,8 +259,11 @@ class Agent:
         elif isinstance(order, RestartWorker):
             self._start_worker()
         elif isinstance(order, Safe):
-            if self._arena is not None:
+            if self._arena is not None and order.generation == self._training.generation:
                 self._arena.safe_step = order.step
+        elif isinstance(order, (Pull, Gone)):
+            if order.world == self._host_world:  # else of a world that is no more
+                self._household.send("host", order)
         else:
             if isinstance(order, Join):
                 if order.generation <= self._training.generation:
@@ -250,8 +273,8 @@ class Agent:
                 if self._arena is not None:
                     # perhaps back behind the safe step of before: nothing is safe until the coordinator says so again
                     self._arena.safe_step = FRESH
-            role = next(role for role, kinds in ORDERS_FOR.items() if isinstance(order, kinds))
-            self._pass_on(role, order)
+            for role in [role for role, kinds in ORDERS_FOR.items() if isinstance(order, kinds)]:
+                self._pass_on(role, order)
 
     def _pass_on(self, role: str, order: Command) -> None:
         if role == "archiver":
@@ -327,17 +350,17 @@ class Agent:
         elif isinstance(message, Parked):
             self._training.state, self._training.store = "idle", message.store
         elif isinstance(message, (Persisted, Published)) or (isinstance(message, Copied) and self._is_load(message)):
-            self._archiving = self._archiving[1:]
+            self._archiving = [(time.monotonic(), order) for _, order in self._archiving[1:]]
         elif isinstance(message, Stepped):
+            self._last_step = message
             self._log_step(message)
         if isinstance(message, Event):
             self._tell(message)
 
     def _remind_host(self) -> None:
         """A new host has to seal what was written, or sealed without a report, while there was none."""
-        assert self._arena is not None
         for half in (0, 1):
-            if self._arena.record(OWN, half).state in (State.WRITTEN, State.SEALED):
+            if self._arena is not None and self._arena.record(OWN, half).state in (State.WRITTEN, State.SEALED):
                 self._household.send("host", Written(self._node, half))
 
     def _is_load(self, message: Copied) -> bool:

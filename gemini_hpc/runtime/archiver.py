@@ -106,7 +106,7 @@ class Archiver:
                 fingerprint=fingerprint(self._run),
             )
             manifest.prune(run_dir, self._run.protect.keep)
-        except (GeminiError, OSError) as error:
+        except (GeminiError, OSError, ValueError, TypeError) as error:
             return Published(self._node, order.step, "", False, str(error))
         return Published(self._node, order.step, str(path.parent.relative_to(run_dir)), True, "")
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from gemini_hpc.core.messages import Message, MessageError, decode
 
-MAX_PACKET_BYTES = 64 << 10
+MAX_PACKET_BYTES = 256 << 10
+"""A Publish of some 4000 ranks. Linux's default bounds (net.core.wmem_max) let this much through."""
 
 
 class Channel:
@@ -18,6 +19,7 @@ class Channel:
 
     def __init__(self, line: socket.socket) -> None:
         self._line = line
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_PACKET_BYTES)  # the kernel doubles it
 
     @classmethod
     def connect(cls, path: Path) -> "Channel":
@@ -29,9 +31,12 @@ class Channel:
         return self._line.fileno()
 
     def send(self, message: Message) -> bool:
-        """Send one message; False when the other side is gone, or does not read."""
+        """Send one message; False when the other side is gone, or does not read, or the message is too large."""
+        packet = message.encode()
+        if len(packet) > MAX_PACKET_BYTES:
+            return False  # the other side would see its first part, and hang up
         try:
-            self._line.send(message.encode())
+            self._line.send(packet)
         except OSError:
             return False
         return True
@@ -64,8 +69,14 @@ class Listener:
     def fileno(self) -> int:
         return self._line.fileno()
 
-    def accept(self) -> Channel:
-        """Take the next child; sending to it never blocks: one that is frozen must not freeze its agent."""
-        line, _ = self._line.accept()
+    def accept(self) -> Channel | None:
+        """Take the next child; sending to it never blocks: one that is frozen must not freeze its agent.
+
+        None when it cannot be had now: it hung up again, or this process has no descriptor left.
+        """
+        try:
+            line, _ = self._line.accept()
+        except OSError:
+            return None
         line.setblocking(False)
         return Channel(line)

@@ -90,14 +90,14 @@ class Coordinator:
         cluster = self._seat.cluster
         if cluster is not None and not cluster.surveyed and not self._surveying:
             self._surveying = True
-            threading.Thread(target=self._survey, daemon=True).start()
+            threading.Thread(target=self._survey, args=(cluster.survey_below,), daemon=True).start()
         self._show(now)
 
-    def _survey(self) -> None:
-        """Look for the newest checkpoint; in a thread, for the shared file system may hang."""
+    def _survey(self, below: int | None) -> None:
+        """Look for the newest checkpoint (before step `below`); in a thread, for the shared file system may hang."""
         while True:
             try:
-                found = manifest.newest(self._paths.run_dir)
+                found = manifest.newest(self._paths.run_dir, below)
                 break
             except (GeminiError, OSError) as error:
                 self._events.emit("survey_failed", reason=str(error))

@@ -3,6 +3,7 @@
 import os
 import signal
 from pathlib import Path
+from shlex import quote
 
 from gemini_hpc.errors import UserError
 from gemini_hpc.runtime.paths import RunPaths
@@ -17,7 +18,7 @@ def kill_node(paths: RunPaths, node: str, **where: object) -> None:
     pids = marked(NODE_MARK, _mark(paths, node))
     inside = os.environ.get(NODE_MARK) == _mark(paths, node)
     if not pids:
-        raise UserError(f"no process of {node} is alive; `python -m gemini_hpc.status {paths.run_dir}` shows who is")
+        raise _nobody(paths, f"process of {node}")
     EventLog(paths.run_dir, "drill").emit("fault", action="kill_node", target=node, **where)
     # the memory first, and the agent after its other children: the kernel kills them with it, the caller too
     paths.arena(node).unlink(missing_ok=True)
@@ -35,10 +36,15 @@ def signal_worker(paths: RunPaths, node: str, action: str, number: int, **where:
     if os.environ.get(NODE_MARK) == _mark(paths, node):
         pids = [os.getpid()]
     if not pids:
-        raise UserError(f"no worker of {node} is alive; `python -m gemini_hpc.status {paths.run_dir}` shows who is")
+        raise _nobody(paths, f"worker of {node}")
     EventLog(paths.run_dir, "drill").emit("fault", action=action, target=node, **where)
     for pid in pids:
         kill(pid, number)
+
+
+def _nobody(paths: RunPaths, what: str) -> UserError:
+    command = f"python -m gemini_hpc.status {quote(str(paths.run_dir))}"
+    return UserError(f"no {what} is alive; `{command}` shows who is")
 
 
 def _mark(paths: RunPaths, node: str) -> str:

@@ -13,6 +13,8 @@ from gemini_hpc.runtime.paths import RunPaths
 from gemini_hpc.runtime.processes import NODE_MARK, RUN_MARK, kill, state_of, wait_exit
 
 ROLES = ("worker", "host", "archiver")
+MAX_STRANGERS = 16
+"""So many may be connected without having said who they are; the oldest goes when another comes."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,7 @@ class Household:
         for line in [line for line in self._strangers if line.fileno() in ready]:
             yield from self._introduce(line, line.receive())
         if self._listener.fileno() in ready:
-            stranger = self._listener.accept()
-            self._strangers.append(stranger)
-            self._poller.register(stranger.fileno(), zmq.POLLIN)
+            self._admit(self._listener.accept())
         for role, line in speaking:
             if self._lines.get(role) is line:  # not replaced a moment ago
                 yield from self._read(role, line)
@@ -100,9 +100,19 @@ class Household:
                 self._hang_up(role)
                 yield role, ProcessEnded(child.reap())
 
+    def _admit(self, stranger: Channel | None) -> None:
+        if stranger is None:
+            return
+        self._strangers.append(stranger)
+        self._poller.register(stranger.fileno(), zmq.POLLIN)
+        if len(self._strangers) > MAX_STRANGERS:
+            oldest = self._strangers.pop(0)
+            self._poller.unregister(oldest.fileno())
+            oldest.close()
+
     def _introduce(self, line: Channel, hello: Message | None) -> Iterator[tuple[str, News]]:
         self._strangers.remove(line)
-        if not isinstance(hello, Hello) or hello.role not in ROLES:
+        if not isinstance(hello, Hello) or hello.role not in ROLES or hello.node != self._node:
             self._poller.unregister(line.fileno())
             line.close()
             return

@@ -47,6 +47,6 @@ def read_status(paths: RunPaths) -> dict[str, Any]:
     """Return its fields; none when there is no status yet, or it cannot be read."""
     try:
         status = json.loads(paths.status.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return status if isinstance(status, dict) else {}

@@ -119,7 +119,7 @@ class Supervisor:
         return ended
 
     def _handle(self, sender: str, message: Message) -> None:
-        if isinstance(message, NodeUp) and message.node in self._agents:
+        if isinstance(message, NodeUp) and message.node == sender and sender in self._agents:
             for known in (*self._exited.values(), *self._up.values()):
                 self._server.send(message.node, known)
             self._exited.pop(message.node, None)
@@ -127,7 +127,7 @@ class Supervisor:
             self._tell_all(message)
         elif isinstance(message, Lead) and message.term > self._term:
             self._leader, self._term = sender, message.term
-        elif isinstance(message, StartWorld) and sender == self._leader:
+        elif isinstance(message, StartWorld) and sender == self._leader and set(message.members) <= set(self._nodes):
             self._start_world(message)
 
     def _tell_all(self, message: Message) -> None:
@@ -141,7 +141,7 @@ class Supervisor:
         hosts = [HostSpec(n, self._paths.arena(n), self._paths.socket(n)) for n in order.members]
         environment = {**os.environ, RUN_MARK: self._paths.run_id}
         command, environment = mpiexec_command(
-            Path(sys.executable), self._paths.run_id, order.world, hosts, environment
+            Path(sys.executable), self._paths.run_id, order.world, hosts, environment, self._run.site.interface
         )
         with open(self._paths.logs / "windows.log", "ab") as output:
             self._world = subprocess.Popen(
@@ -228,17 +228,28 @@ def _close(paths: RunPaths, run: RunConfig, reason: str) -> tuple[str, str]:
     return outcome, reason
 
 
+GONE = -1
+
+
+def _pidfd_of_submit() -> int | None:
+    """The `submit` that waits for the run, if one does. A pidfd tells its end even when nobody has reaped it yet."""
+    try:
+        return os.pidfd_open(int(os.environ[ATTACHED])) if ATTACHED in os.environ else None
+    except ProcessLookupError:
+        return GONE
+
+
 _STARTED_BY = os.getppid()
+_ATTACHED_TO = _pidfd_of_submit()
 _told_to_end: list[int] = []
 """The signals that came. Noted rather than raised: an exception out of a signal handler may vanish anywhere."""
 
 
 def check_wanted() -> None:
     """Raise Interrupted when the run was told to end, or nobody is left for whom it runs. Called by every loop."""
-    pid = os.environ.get(ATTACHED)
     if _told_to_end:
         raise Interrupted(f"told to end by {signal.Signals(_told_to_end[0]).name}")
-    if pid and not Path("/proc", pid).exists():
+    if _ATTACHED_TO == GONE or (_ATTACHED_TO and wait_exit(_ATTACHED_TO, 0.0)):
         raise Interrupted("the submit that waited for it is gone")
     if os.getppid() != _STARTED_BY:
         raise Interrupted("the job that it belonged to is gone")

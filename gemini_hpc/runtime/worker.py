@@ -12,6 +12,7 @@ import warnings
 logging.disable(logging.INFO)  # the libraries' chatter; errors still reach the log
 warnings.filterwarnings("ignore", category=FutureWarning)
 
+from gemini_hpc import versions  # noqa: E402
 from gemini_hpc.arena import OWN, Arena, Record, State  # noqa: E402
 from gemini_hpc.config import RunConfig  # noqa: E402
 from gemini_hpc.core.messages import (  # noqa: E402
@@ -28,7 +29,7 @@ from gemini_hpc.core.messages import (  # noqa: E402
     Written,
 )
 from gemini_hpc.core.types import FRESH  # noqa: E402
-from gemini_hpc.engine import builder, reset, versions  # noqa: E402
+from gemini_hpc.engine import builder, reset  # noqa: E402
 from gemini_hpc.engine.elastic import ElasticWorld, is_peer_failure  # noqa: E402
 from gemini_hpc.engine.generators import start_generators  # noqa: E402
 from gemini_hpc.engine.training import train_step  # noqa: E402
@@ -137,10 +138,12 @@ class Worker:
     def _prepare_engine(self, join: Join) -> str:
         """Bring the engine to a step boundary as the new rank, by the first rung that may be used; name it."""
         built = self._built
-        if join.step == FRESH and built.fresh and built.rank == join.rank:
-            return "fresh"
         swap = self._run.recovery.first_rung == "hot_swap" and not versions.mismatch()
-        if join.step != FRESH and (swap or built.fresh):
+        if built.fresh and built.rank == join.rank and (join.step == FRESH or not swap):
+            rung = "fresh" if join.step == FRESH else "restart" if self._restarted else "rebuild"
+            self._restarted = False
+            return rung
+        if join.step != FRESH and swap:
             try:
                 if not built.fresh:
                     reset.reset(built.engine)
@@ -162,7 +165,10 @@ class Worker:
             start = time.monotonic()
             self._drills.arm(step, join.rank, self._built.engine)
             loss = train_step(self._built.engine, self._built.training, step, join.rank)
-            snapshot_s = self._snapshot(step, join, wait=step == total or self._run.protect.strict)
+            strict = self._run.protect.strict
+            snapshot_s = self._snapshot(step, join, wait=step == total or strict)
+            if strict and not self._wait_until_safe():
+                raise GeminiError(f"protect.strict: step {step} is not safe within {self._run.recovery.join_s:.0f} s")
             step_s = time.monotonic() - start
             self._channel.send(Stepped(self._node, join.generation, join.rank, step, loss, step_s, snapshot_s))
             self._drills.strike_at("after", step, join.rank)
@@ -179,7 +185,7 @@ class Worker:
         arena = self._arena
         assert arena is not None
         if wait:
-            self._wait_until_safe(arena)
+            self._wait_until_safe()
         elif not self._world.agree(self._is_safe(arena)):
             return -1.0
         start = time.monotonic()
@@ -195,12 +201,18 @@ class Worker:
         self._last_snapshot = step
         return taken
 
-    def _wait_until_safe(self, arena: Arena) -> None:
+    def _wait_until_safe(self) -> bool:
+        """Wait, for a bounded time, until the newest snapshot is safe on all its holders; whether it is."""
+        arena = self._arena
+        assert arena is not None
         deadline = time.monotonic() + self._run.recovery.join_s
-        while not self._is_safe(arena) and time.monotonic() < deadline:
+        while not self._is_safe(arena):
             if self._world.aborted:
                 raise RuntimeError("the group was aborted")
+            if time.monotonic() > deadline:
+                return False
             time.sleep(0.001)
+        return True
 
     def _is_safe(self, arena: Arena) -> bool:
         return self._last_snapshot is None or arena.safe_step >= self._last_snapshot

@@ -9,6 +9,7 @@ import os
 import queue
 import threading
 import time
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -80,17 +81,24 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
     """
     events = []
     for path in sorted((run_dir / "events").glob("*.jsonl")):
-        for line in path.read_bytes().split(b"\n"):
+        for line in _content(path).split(b"\n"):
             event = _parse(line)
             if event is not None:
                 events.append(event)
     return sorted(events, key=lambda event: float(event["t"]))
 
 
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""  # the other nodes' logs say what they can
+
+
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         event = json.loads(line)
-        float(event["t"]), str(event["kind"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+        known = isfinite(event["t"]) and isinstance(event["kind"], str)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
-    return event if isinstance(event, dict) else None
+    return event if known and isinstance(event, dict) else None

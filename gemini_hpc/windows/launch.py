@@ -29,13 +29,19 @@ class HostSpec:
 
 
 def mpiexec_command(
-    python: Path, run: str, world: int, hosts: Sequence[HostSpec], environment: Mapping[str, str]
+    python: Path,
+    run: str,
+    world: int,
+    hosts: Sequence[HostSpec],
+    environment: Mapping[str, str],
+    interface: str | None = None,
 ) -> tuple[list[str], dict[str, str]]:
     """Return the command line and environment that start one host per spec; `hosts[i]` gets MPI rank i.
 
     `environment` is what the caller would pass on. A node's own variables (GEMINI_NODE as `run:node`, GEMINI_AGENT,
     GEMINI_ARENA) are put before the host's command, not into the shield's environment, so that whoever kills a node
-    by its GEMINI_NODE leaves the launcher's side alone. Start it with stdin closed. Raises UserError when MPICH's
+    by its GEMINI_NODE leaves the launcher's side alone. The hosts meet over `interface`, by default that of the default
+    route (see `network_interface`). Start it with stdin closed. Raises UserError when MPICH's
     launcher is not installed beside `python`.
     """
     launcher = python.parent / "mpiexec.hydra"
@@ -63,7 +69,7 @@ def mpiexec_command(
         ]
         command += [*([":"] if mpi_rank else []), "-n", "1", *shield, "env", *node, *host]
     inherited = {name: v for name, v in environment.items() if not name.startswith(_FROM_OTHER_LAUNCHERS)}
-    return command, inherited | mpi_environment(network_interface())
+    return command, inherited | mpi_environment(interface or network_interface())
 
 
 def mpi_environment(interface: str | None) -> dict[str, str]:

@@ -129,7 +129,7 @@ def test_the_report_stands_alone(tmp_path: Path) -> None:
 def test_the_report_opens_with_what_matters(tmp_path: Path) -> None:
     seen = body(page(write_run(tmp_path, steps=40, losses=LOSSES)))
     assert "<h1>gpt2-gemini</h1>" in seen
-    assert "gpt2 small · bf16 · 4 nodes + 1 spare · 2 replicas, mixed" in seen
+    assert "gpt2 small · bf16 · 4 nodes + 1 spare · 2 replicas" in seen
     assert '<b class="good">identical</b>' in seen and "164 of 164" in seen
     assert "node2 killed (step 8, backward)" in seen and "restart, step 15 from its own node" in seen
     assert "40 of 40" in seen

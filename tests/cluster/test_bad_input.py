@@ -30,6 +30,8 @@ WRONG = {
     "two files": (["{place}/a.yaml", "{place}/b.yaml"], "one configuration file"),
     "not a number": (["train.steps=many"], "train.steps"),
     "no steps": (["train.steps=0"], "train.steps"),
+    "an entry that is not there": (["train.entry=no_such_job:build"], "no_such_job"),
+    "an entry without a function": (["train.entry=gemini_hpc"], "MODULE:FUNCTION"),
     "resume of no run": (["--resume", "{place}/empty"], "run directory"),
     "resume of nothing": (["--resume", "{place}/nowhere"], "run directory"),
     "runs under a file": (["site.runs_dir={place}/not.yaml/runs"], "site.runs_dir"),

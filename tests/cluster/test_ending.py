@@ -19,11 +19,14 @@ def test_a_signal_to_submit_ends_the_run(number: signal.Signals, tmp_path: Path)
     with Run(tmp_path, *SMALL) as run:
         run.wait_for_training(step=3)
         run.submit.send_signal(number)
+        run.assert_nothing_is_left()  # though nobody has reaped it yet
         run.wait_for_end(-9 if number == signal.SIGKILL else 130, timeout_s=GONE_S)
-        run.assert_nothing_is_left()
         assert run.status["state"] == "stopped"
         if number != signal.SIGKILL:
             assert "--resume" in run.text
+        if number == signal.SIGTERM:
+            refused = call("submit", "--resume", str(run.run_dir), "train.seed=7")
+            assert refused.returncode == 2 and "other settings" in refused.stderr
 
 
 def test_ctrl_c_while_the_workers_start(tmp_path: Path) -> None:

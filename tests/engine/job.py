@@ -30,6 +30,7 @@ class Case:
     frozen: bool = False
     tied: bool = False
     buffer: str = ""  # the type of the buffer's numbers; empty: no buffer
+    schedule: str = "lambda"  # or multistep: its state has numbers as keys
     hpz: int = 1  # ranks of a group that keeps a second copy of the parameters
     seed: int = 1
 
@@ -98,13 +99,17 @@ def build(run: Any) -> Training:
             {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
         ]
     optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    schedulers = torch.optim.lr_scheduler
+    schedule: Any = schedulers.LambdaLR(optimizer, lambda done: (done + 1) / 6 if done < 6 else 0.9)
+    if case.schedule == "multistep":
+        schedule = schedulers.MultiStepLR(optimizer, [3, 6, 7], gamma=0.5)
     return Training(
         model=model,
         optimizer=optimizer,
         config=config_of(case),
         loss=lambda engine, batch: engine(*batch),
         batch=batch,
-        lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: (done + 1) / 6 if done < 6 else 0.9),
+        lr_scheduler=schedule,
     )
 
 
@@ -138,6 +143,21 @@ def batch(step: int, rank: int, micro_step: int) -> tuple[Tensor, Tensor]:
 def build_sgd(run: Any) -> Training:
     """An optimizer without moments."""
     return _changed(build(run), optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def build_amsgrad(run: Any) -> Training:
+    return _changed(build(run), optimizer=lambda model: torch.optim.AdamW(model.parameters(), amsgrad=True))
+
+
+def build_tensor_lr(run: Any) -> Training:
+    return _changed(build(run), optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.1)))
+
+
+def build_odd_schedule(run: Any) -> Training:
+    """A scheduler whose state no snapshot can carry."""
+    training = build(run)
+    training.lr_scheduler.helper = object()
+    return training
 
 
 def build_stage_2(run: Any) -> Training:

@@ -50,6 +50,13 @@ def test_parameters_that_do_not_train_are_the_adopted_rank_s(cluster: Clusters, 
     assert run.losses() == undisturbed(case, 3, STEPS)
 
 
+def test_a_schedule_whose_state_is_more_than_json(cluster: Clusters, undisturbed: Undisturbed) -> None:
+    """MultiStepLR keeps its milestones as numeric keys; as text they would never be met again."""
+    case = replace(PLAIN, schedule="multistep")
+    run = train_through_a_death(cluster(case), 1, "backward")
+    assert run.losses() == undisturbed(case, 3, STEPS)
+
+
 def test_a_buffer_in_low_precision_is_part_of_the_snapshot(cluster: Clusters, undisturbed: Undisturbed) -> None:
     case = Case(precision="bf16", buffer="bfloat16")
     run = train_through_a_death(cluster(case, size=2), 1, "backward")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gemini_hpc.engine import versions
+from gemini_hpc import versions
 from tests.engine.harness import CallFailed, Clusters, Fork, Undisturbed
 from tests.engine.job import Case, fields_of
 
@@ -11,7 +11,7 @@ def test_these_versions_are_the_tested_ones(monkeypatch: pytest.MonkeyPatch) -> 
     assert versions.mismatch() == ""
     monkeypatch.setitem(versions.TESTED, "deepspeed", "0.0.1")
     assert "instead of 0.0.1" in versions.mismatch()
-    monkeypatch.setattr("torch.__version__", "9.9.9+cpu")
+    monkeypatch.setattr(versions.metadata, "version", lambda name: "9.9.9+cpu")
     assert "torch 9.9.9 instead of" in versions.mismatch()
 
 
@@ -19,6 +19,9 @@ def test_these_versions_are_the_tested_ones(monkeypatch: pytest.MonkeyPatch) -> 
     ("entry", "words"),
     [
         ("tests.engine.job:build_sgd", "SGD"),
+        ("tests.engine.job:build_amsgrad", "amsgrad"),
+        ("tests.engine.job:build_tensor_lr", "lr is a Tensor"),
+        ("tests.engine.job:build_odd_schedule", "LambdaLR holds a object"),
         ("tests.engine.job:build_stage_2", "stage"),
         ("tests.engine.job:build_nothing", "Training"),
         ("tests.engine.job:WORDS", "WORDS"),  # there, but no function
