@@ -31,6 +31,8 @@ class Message:
 
     def encode(self) -> bytes:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if not _is_text(values.get("reason", "")):  # an error may quote a file's name, and that may be any bytes
+            values["reason"] = repr(values["reason"])
         return json.dumps({"kind": type(self).__name__, **values}, separators=(",", ":")).encode()
 
 

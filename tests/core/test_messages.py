@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gemini_hpc.core import messages
 from gemini_hpc.core.messages import MAX_MESSAGE_BYTES, Message, MessageError, decode
 
-TEXT = st.text(max_size=20)
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
 NUMBER = st.floats(allow_nan=False, allow_infinity=False)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | NUMBER | TEXT,
@@ -21,7 +21,7 @@ JSON = st.recursive(
 )
 VALUES = {
     str: TEXT,
-    int: st.integers(-(2**70), 2**70),
+    int: st.integers(-(2**63), 2**64 - 1),
     float: NUMBER,
     bool: st.booleans(),
     Mapping[str, Any]: st.dictionaries(TEXT, JSON, max_size=3),
@@ -219,3 +219,19 @@ def test_a_loss_that_is_no_number_is_still_told() -> None:
     message = messages.Stepped("node1", 1, 0, 7, float("nan"), 0.1, 0.0)
     copy = decode(message.encode())
     assert (copy.step, copy.step_s) == (7, 0.1)
+
+
+@pytest.mark.parametrize("wrong", [2**64, -(2**63) - 1, 10**400], ids=["2**64", "-2**63-1", "10**400"])
+def test_numbers_that_no_record_can_hold_are_refused(wrong: int) -> None:
+    with pytest.raises(MessageError, match="64 bits"):
+        decode(json.dumps({"kind": "Written", "node": "n0", "half": wrong}).encode())
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\udc80"])
+def test_text_that_cannot_be_written_out(text: str) -> None:
+    """As a name it is refused; as the reason of an error, which may quote any file's name, it arrives readable."""
+    with pytest.raises(MessageError, match="no text"):
+        decode(json.dumps({"kind": "WorkerLost", "node": text, "reason": ""}).encode())
+    message = decode(messages.WorkerLost("n0", f"no file {text}").encode())
+    assert isinstance(message, messages.WorkerLost)
+    assert message.reason == repr(f"no file {text}")
