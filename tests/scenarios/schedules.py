@@ -183,7 +183,7 @@ def schedule_of(seed: int) -> Schedule:
         shape,
         tuple(faults),
         seed,
-        steps=draw.choice((6, 8, 12)),
+        steps=draw.choice((5, 7, 10)),
         persist_every=draw.choice((2, 4, 100)),
         step_s=draw.choice((0.03, 0.1, 0.2)),
         persist_s=draw.choice((0.02, 0.2, 0.6)),

@@ -184,7 +184,7 @@ class Simulation:
     # --- what nodes report to the simulation --------------------------------------------------------
 
     def looked_at(self, node: Node) -> None:
-        self.invariants.one_acts()
+        self.invariants.one_acts(node)
 
     def decided(self, node: Node, before: Cluster | None, event: m.Event, orders: list[m.Command]) -> None:
         after = node.seat.cluster
@@ -201,7 +201,7 @@ class Simulation:
         if after is not None:
             self._known = after
             self.invariants.decision(node, before, after, orders)
-        self.invariants.one_acts()
+        self.invariants.one_acts(node)
 
     def obeys(self, node: Node, order: m.Command) -> bool:
         """Whether the order is carried out: a test may have it lost."""

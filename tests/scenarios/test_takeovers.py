@@ -324,3 +324,36 @@ def test_a_late_report_does_not_displace_the_newer_snapshot_in_the_same_place() 
     copy = cluster.cluster.copies[1, at_step]["n1"]
     cluster.take(m.Sealed("n1", generation, 1, at_step - 2, copy.half, 1000, 7))
     assert cluster.cluster.copies[1, at_step]["n1"] == copy
+
+
+def test_a_coordinator_whose_own_worker_keeps_failing_evicts_itself_and_another_leads() -> None:
+    cluster = started(total_steps=200)
+    for _ in range(4):
+        cluster.run(lambda c: c.nodes["n0"].worker.alive and c.nodes["n0"].worker.state in ("building", "training"))
+        cluster.kill_worker("n0")
+        lost = len(cluster.said("suspect"))
+        cluster.run(lambda c, lost=lost: len(c.said("suspect")) > lost)
+    cluster.run(lambda c: not c.nodes["n0"].up)
+    finish(cluster, 200)
+    assert cluster.cluster.generation > NUMBERS_OF_A_TERM
+    assert not cluster.cluster.members["n0"].alive
+
+
+def test_a_node_that_comes_back_is_a_spare_under_any_coordinator() -> None:
+    cluster = Simulation(rules(total_steps=200), prepare=lambda sim: setattr(sim, "return_s", 0.5))
+    cluster.run(lambda c: c.running() and c.cluster.safe_step >= 3)
+    for name in ("n3", "n0", "n1"):  # the first two were coordinators, or would have been the next
+        cluster.kill_node(name)
+        cluster.run(lambda c, name=name: c.nodes[name].life == 1 and c.running() and not c.cluster.exposed)
+    finish(cluster, 200)
+    assert cluster.nodes["n2"].seat.election.term == cluster.nodes["n4"].seat.election.term
+    assert all(node.life == 1 for name, node in cluster.nodes.items() if name in ("n0", "n1", "n3"))
+
+
+def test_when_the_last_node_with_a_vote_is_gone_nobody_waits_for_ever() -> None:
+    cluster = Simulation(rules(total_steps=2000), prepare=lambda sim: setattr(sim, "return_s", 0.5))
+    cluster.run(lambda c: c.running() and c.cluster.safe_step >= 3)
+    for name in cluster.rules.nodes:
+        cluster.kill_node(name)
+        cluster.run(lambda c, name=name: c.over() or (c.nodes[name].life == 1 and c.running()))
+    assert (cluster.outcome, cluster.reason) == ("failed", "no node is left that could lead")
