@@ -15,12 +15,15 @@ that no two of them ever lead in the same one. A voter that follows a living lea
 enters a new term only when somebody leads in it: whoever was cut off for a while disturbs nobody when it is back.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 from gemini_hpc.core.messages import Command, Deposed, Event, Heartbeat, Lead, NodeExited, RequestVote, Tick, Vote
 from gemini_hpc.core.types import changed
+
+CLUSTER = ""
+"""What orders to the cluster have for their node."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +62,16 @@ class Election:
         if not self.leads:
             return False
         oldest = now - self.lease_s
-        answered = {voter for voter in self.voters if self.echoes.get(voter, -1.0) >= oldest}
+        answered = {node for node, echo in self.echoes.items() if echo >= oldest}
         return self.is_majority(answered | {self.node}, now)
 
-    def is_majority(self, some: set[str] | frozenset[str], now: float) -> bool:
-        counted = self.voters
+    def is_majority(self, some: Set[str], now: float) -> bool:
+        """Whether `some` are more than half of the voters that count."""
+        counted = set(self.voters)
         if self.dead:
-            alone = all(voter in self.dead for voter in counted if voter != self.node)
-            gone = [node for node, since in self.dead.items() if alone or now >= since + self.lease_s]
-            counted = tuple(voter for voter in counted if voter not in gone)
-        return 2 * sum(voter in some for voter in counted) > len(counted)
+            alone = len(self.dead.keys() | {self.node}) >= len(counted)
+            counted -= {node for node, since in self.dead.items() if alone or now >= since + self.lease_s}
+        return 2 * len(counted & some) > len(counted)
 
     def present(self) -> list[str]:
         """The voters that may still be there."""
@@ -131,8 +134,9 @@ def _ask(election: Election, now: float) -> Step:
 
 
 def _beat(election: Election, now: float) -> Step:
-    """Tell everybody who leads; what comes back is the lease."""
-    lead: list[Event | Command] = [Lead(node, election.node, election.term, now) for node in election.peers]
+    """Tell everybody, and the cluster, who leads; what comes back is the lease."""
+    told = (*election.peers, CLUSTER)
+    lead: list[Event | Command] = [Lead(node, election.node, election.term, now) for node in told]
     return changed(election, asked=now), lead
 
 

@@ -352,7 +352,7 @@ class RequestVote(Command):
 
 @dataclass(frozen=True)
 class Lead(Command):
-    """`leader` leads in `term`. To the cluster, when it is elected, too."""
+    """`leader` leads in `term`; to all agents, and to the cluster."""
 
     leader: str
     term: int

@@ -33,7 +33,10 @@ def assign(cluster: Cluster) -> dict[int, str] | None:
         for rank in range(cluster.rules.world_size):
             fits = [m for m in spares if not as_built or (m.built_rank == rank and m.worker is Worker.IDLE)]
             if rank not in ranks and fits:
-                chosen = min(fits, key=lambda member: (member.worker is not Worker.IDLE, member.node))
+                # best one whose arena is empty: what an evicted node still holds is overwritten when it takes a rank
+                chosen = min(
+                    fits, key=lambda member: (member.worker is not Worker.IDLE, bool(member.held), member.node)
+                )
                 spares.remove(chosen)
                 ranks[rank] = chosen.node
     return dict(sorted(ranks.items())) if len(ranks) == cluster.rules.world_size else None
@@ -82,6 +85,6 @@ def of_one_history(copies: Copies, step: int, origin: int) -> dict[tuple[int, in
 
 def _memory_source(copies: Copies, rank: int, step: int, node: str) -> Source:
     places = copies[rank, step]
-    if node in places:
+    if node in places and places[node].area == 0:
         return Source("local", node)
-    return Source("peer", min(places))
+    return Source("peer", min(places))  # perhaps the node itself: what it holds for another is not where it restores

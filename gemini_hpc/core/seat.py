@@ -66,7 +66,6 @@ class Seat:
         self.election, said = election.step(self.election, now, event)
         orders = [order for order in said if isinstance(order, Command)]
         if self._change_role(now, heard):
-            orders.append(Lead("", self.election.node, self.election.term, now))
             reason = f"elected in term {self.election.term}" + (f" after {before}" if before else "")
             orders.append(Note("", "coordinator", {"target": self.election.node, "reason": reason}))
         return orders

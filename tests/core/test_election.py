@@ -52,7 +52,7 @@ class Agents:
             to = answer.node if isinstance(answer, Command) else sender
             if isinstance(answer, self.keep):
                 self.kept.append((to, name, answer))
-            elif (name, to) not in self.cut:
+            elif to and (name, to) not in self.cut:
                 self.give(to, name, answer)
         assert len(self.acting()) <= 1, f"{self.acting()} may act at {self.now:.2f}"
 

@@ -40,8 +40,10 @@ class Invariants:
             raise Broken(f"I1: a mix of histories: {contents}")
         return states.pop()
 
-    def one_acts(self) -> None:
-        """I4: whoever may act now is the only one."""
+    def one_acts(self, node: "Node") -> None:
+        """I4: whoever may act now is the only one. `node` has just heard something: only that makes it able to."""
+        if node.seat.election.leader != node.name:
+            return
         leading = [n for n in self._sim.nodes.values() if n.seat.election.leader == n.name and n.up and not n.paused]
         if len(leading) > 1:
             acting = [(n.name, n.seat.election.term) for n in leading if n.seat.election.may_act(n.clock())]

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from tests.scenarios.simulation import Simulation
 
 CLUSTER = "cluster"
-BEAT_S = 0.3
-TICK_S = 0.15
+BEAT_S = 0.4
+TICK_S = 0.2
 LEASE_TIMEOUTS = 10
 ARCHIVE_S = 5.0
 RESTART_S = 0.5

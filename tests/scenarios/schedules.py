@@ -52,6 +52,7 @@ class Schedule:
     return_s: float | None = None
     disorder: float = 0.0
     bad_reads: float = 0.0
+    delay_s: float = 0.001  # of a message
 
     def nodes(self) -> tuple[str, ...]:
         return tuple(f"n{i}" for i in range(self.shape[0] + self.shape[1]))
@@ -61,6 +62,7 @@ class Schedule:
         lost = sum(fault.kind in COSTLY for fault in self.faults)
         return (
             not self.disorder
+            and self.delay_s < 0.1
             and lost <= self.shape[1]
             and 2 * (sum(self.shape[:2]) - lost) > sum(self.shape[:2])
             and not any(fault.kind in ("corrupt_file", "split") or fault.other == CLUSTER for fault in self.faults)
@@ -181,7 +183,7 @@ def schedule_of(seed: int) -> Schedule:
         shape,
         tuple(faults),
         seed,
-        steps=draw.choice((6, 8, 12)),
+        steps=draw.choice((5, 7, 10)),
         persist_every=draw.choice((2, 4, 100)),
         step_s=draw.choice((0.03, 0.1, 0.2)),
         persist_s=draw.choice((0.02, 0.2, 0.6)),
@@ -189,6 +191,7 @@ def schedule_of(seed: int) -> Schedule:
         return_s=draw.choice((0.5, 2.0)) if sort == "returns" else None,
         disorder=draw.choice((0.01, 0.03, 0.1)) if sort == "disorder" else 0.0,
         bad_reads=draw.choice((0.0, 0.0, 0.05)) if sort in ("data", "crashes") else 0.0,
+        delay_s=draw.choice((0.001, 0.001, 0.02, 0.1)) if sort not in ("single", "data") else 0.001,
     )
 
 
@@ -206,7 +209,7 @@ def play(schedule: Schedule, log: Callable[[Simulation, str], None] | None = Non
     def prepare(sim: Simulation) -> None:
         sim.step_s, sim.persist_s, sim.pull_s = schedule.step_s, schedule.persist_s, schedule.pull_s
         sim.return_s, sim.bad_reads = schedule.return_s, schedule.bad_reads
-        sim.network.disorder = schedule.disorder
+        sim.network.disorder, sim.network.delay_s = schedule.disorder, schedule.delay_s
         if log is not None:
             sim.log = lambda line: log(sim, line)
         for fault in schedule.faults:

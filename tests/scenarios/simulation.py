@@ -184,7 +184,7 @@ class Simulation:
     # --- what nodes report to the simulation --------------------------------------------------------
 
     def looked_at(self, node: Node) -> None:
-        self.invariants.one_acts()
+        self.invariants.one_acts(node)
 
     def decided(self, node: Node, before: Cluster | None, event: m.Event, orders: list[m.Command]) -> None:
         after = node.seat.cluster
@@ -201,7 +201,7 @@ class Simulation:
         if after is not None:
             self._known = after
             self.invariants.decision(node, before, after, orders)
-        self.invariants.one_acts()
+        self.invariants.one_acts(node)
 
     def obeys(self, node: Node, order: m.Command) -> bool:
         """Whether the order is carried out: a test may have it lost."""
@@ -212,7 +212,7 @@ class Simulation:
 
     def restored(self, join: m.Join, members: dict[int, Worker]) -> int:
         """All ranks restore what lies in their own areas; return the state of that history."""
-        contents = {rank: w.node.arena.get((0, w.half)) for rank, w in members.items()}
+        contents = {rank: worker.restored for rank, worker in members.items()}
         return self.invariants.one_history(join.step, contents)
 
     def publish(self, order: m.Publish) -> None:

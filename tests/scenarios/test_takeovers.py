@@ -264,3 +264,96 @@ def test_halves_of_four_stop_and_the_half_that_is_left_by_the_other_goes_on_or_s
     assert since <= before == len(cluster.orders)  # nobody decides anything
     cluster.run(Simulation.over, 200.0)
     assert cluster.outcome in ("finished", "stopped", "failed")
+
+
+# --- messages that are lost, late, or of somebody before ------------------------------------------------
+
+
+def test_a_host_that_the_predecessor_declared_gone_can_be_read_again_in_a_new_world() -> None:
+    cluster = started(nodes=6, total_steps=200, persist_every=200)
+    for name in ("n4", "n5"):  # n0 had suspected n1, falsely, and the hosts do not forget
+        cluster.nodes[name].host.gone.add(cluster.cluster.world.members.index("n1"))
+    cluster.kill_node("n0")
+    cluster.run(lambda c: c.running() and c.cluster.generation > NUMBERS_OF_A_TERM)
+    assert cluster.said("plan")[-1]["step"] >= 3
+    assert cluster.said("fetched")[-1]["source"] == "n1"
+
+
+def test_orders_to_window_hosts_name_the_world_in_which_their_ranks_count() -> None:
+    cluster = started(nodes=6)
+    cluster.crash_host("n1")
+    cluster.run(lambda c: c.cluster.world.number == 2 and c.cluster.world.state == "ready")
+    cluster.kill_node("n2")
+    finish(cluster)
+    worlds = {order.world: order.members for order in cluster.ordered(m.StartWorld)}
+    assert len(worlds) > 1
+    for pull in cluster.ordered(m.Pull):
+        assert worlds[pull.world][pull.target] == pull.source
+    assert {gone.world for gone in cluster.ordered(m.Gone)} == {1, 2}
+
+
+@pytest.mark.parametrize("kind", [m.Sealed, m.Stepped, m.Copied, m.Persisted, m.Published, m.Resumed, m.Parked])
+@pytest.mark.parametrize("nth", [0, 3, -1])
+def test_a_report_that_is_lost_on_its_way_is_made_up_for(kind: type[m.Event], nth: int) -> None:
+    """Any one of them, the first or the last of the run: it goes on, protected, to its end."""
+    if nth < 0 and kind in (m.Resumed, m.Parked):
+        pytest.skip("nobody says that at the end of a run")
+    cluster = Simulation(rules(total_steps=12, persist_every=6))
+    seen: list[m.Event] = []
+
+    def lose_one(event: m.Event) -> bool:
+        if not isinstance(event, kind) or (nth < 0 and getattr(event, "step", 12) < 12):
+            return False
+        seen.append(event)
+        return len(seen) == max(nth, 0) + 1
+
+    cluster.intercept = lose_one
+    if kind is m.Parked:
+        cluster.after(1.0, cluster.nodes["n1"].end_worker, "killed")
+    cluster.run(Simulation.over, 100.0)
+    assert (cluster.outcome, cluster.most_trained) == ("finished", 12)
+    assert seen or nth == 3
+    if kind not in (m.Persisted, m.Published):
+        assert max(cluster.manifests) == 12
+
+
+def test_a_late_report_does_not_displace_the_newer_snapshot_in_the_same_place() -> None:
+    cluster = started(total_steps=200)
+    generation = cluster.cluster.generation
+    (at_step,) = [step for rank, step in cluster.cluster.copies if rank == 1][-1:]
+    copy = cluster.cluster.copies[1, at_step]["n1"]
+    cluster.take(m.Sealed("n1", generation, 1, at_step - 2, copy.half, 1000, 7))
+    assert cluster.cluster.copies[1, at_step]["n1"] == copy
+
+
+def test_a_coordinator_whose_own_worker_keeps_failing_evicts_itself_and_another_leads() -> None:
+    cluster = started(total_steps=200)
+    for _ in range(4):
+        cluster.run(lambda c: c.nodes["n0"].worker.alive and c.nodes["n0"].worker.state in ("building", "training"))
+        cluster.kill_worker("n0")
+        lost = len(cluster.said("suspect"))
+        cluster.run(lambda c, lost=lost: len(c.said("suspect")) > lost)
+    cluster.run(lambda c: not c.nodes["n0"].up)
+    finish(cluster, 200)
+    assert cluster.cluster.generation > NUMBERS_OF_A_TERM
+    assert not cluster.cluster.members["n0"].alive
+
+
+def test_a_node_that_comes_back_is_a_spare_under_any_coordinator() -> None:
+    cluster = Simulation(rules(total_steps=200), prepare=lambda sim: setattr(sim, "return_s", 0.5))
+    cluster.run(lambda c: c.running() and c.cluster.safe_step >= 3)
+    for name in ("n3", "n0", "n1"):  # the first two were coordinators, or would have been the next
+        cluster.kill_node(name)
+        cluster.run(lambda c, name=name: c.nodes[name].life == 1 and c.running() and not c.cluster.exposed)
+    finish(cluster, 200)
+    assert cluster.nodes["n2"].seat.election.term == cluster.nodes["n4"].seat.election.term
+    assert all(node.life == 1 for name, node in cluster.nodes.items() if name in ("n0", "n1", "n3"))
+
+
+def test_when_the_last_node_with_a_vote_is_gone_nobody_waits_for_ever() -> None:
+    cluster = Simulation(rules(total_steps=2000), prepare=lambda sim: setattr(sim, "return_s", 0.5))
+    cluster.run(lambda c: c.running() and c.cluster.safe_step >= 3)
+    for name in cluster.rules.nodes:
+        cluster.kill_node(name)
+        cluster.run(lambda c, name=name: c.over() or (c.nodes[name].life == 1 and c.running()))
+    assert (cluster.outcome, cluster.reason) == ("failed", "no node is left that could lead")

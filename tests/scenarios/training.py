@@ -5,8 +5,9 @@ that snapshots of two histories never look alike, and a mix of them is found.
 """
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gemini_hpc.core import messages as m
 from gemini_hpc.core.types import FRESH
@@ -25,17 +26,18 @@ class Worker:
     def __init__(self, node: "Node") -> None:
         self.node, self.alive, self.state = node, True, "building"
         self.stuck = False  # it neither computes nor leaves
-        self.generation, self.rank, self.half = 0, -1, 0
+        self.generation, self.rank = 0, -1
+        self.restored: Any = None  # what it found when it joined
         self.last_snapshot: int | None = None
         self._waiting: list[m.Join] = []
         self._aborted = 0
         self._later(node.sim.build_s, self._built)
 
-    def _later(self, seconds: float, action, *args) -> None:  # noqa: ANN001, ANN002
+    def _later(self, seconds: float, action: Callable[..., None], *args: Any) -> None:
         """Do it in about so many seconds, if this process still lives."""
         self.node.sim.after(self.node.sim.some(seconds), self._if_alive, action, *args)
 
-    def _if_alive(self, action, *args) -> None:  # noqa: ANN001, ANN002
+    def _if_alive(self, action: Callable[..., None], *args: Any) -> None:
         if self.alive:
             action(*args)
 
@@ -79,7 +81,7 @@ class Worker:
             if held is None or (held.record, held.rank, held.step) != ("sealed", order.rank, order.step):
                 self.node.end_worker(f"half {order.half} holds {held}, not rank {order.rank} of step {order.step}")
                 return
-            self.half = order.half
+            self.restored = held
             if not held.intact:
                 self.node.from_child(m.Damaged(self.node.name, order.generation, order.rank, order.step))
                 self.leave(order.generation)
