@@ -8,14 +8,16 @@ import threading
 import time
 import traceback
 import warnings
+from math import isfinite
 
 logging.disable(logging.INFO)  # the libraries' chatter; errors still reach the log
 warnings.filterwarnings("ignore", category=FutureWarning)
 
-from gemini_hpc.arena import OWN, Arena, Record, State  # noqa: E402
+from gemini_hpc.arena import OWN, Arena, Record, State, checksum  # noqa: E402
 from gemini_hpc.config import RunConfig  # noqa: E402
 from gemini_hpc.core.messages import (  # noqa: E402
     Abort,
+    Copied,
     Hello,
     Join,
     Message,
@@ -31,7 +33,7 @@ from gemini_hpc.core.types import FRESH  # noqa: E402
 from gemini_hpc.engine import builder, reset, versions  # noqa: E402
 from gemini_hpc.engine.elastic import ElasticWorld, is_peer_failure  # noqa: E402
 from gemini_hpc.engine.generators import start_generators  # noqa: E402
-from gemini_hpc.engine.training import train_step  # noqa: E402
+from gemini_hpc.engine.training import not_finite, train_step  # noqa: E402
 from gemini_hpc.errors import GeminiError  # noqa: E402
 from gemini_hpc.runtime.channel import Channel  # noqa: E402
 from gemini_hpc.runtime.children import PARENT  # noqa: E402
@@ -39,8 +41,21 @@ from gemini_hpc.runtime.drills import Drills  # noqa: E402
 from gemini_hpc.runtime.paths import RunPaths, open_run  # noqa: E402
 from gemini_hpc.runtime.processes import die_with_parent  # noqa: E402
 
+NOT_FINITE = "not_finite"
+"""Folder of the run: a file for each step and generation in which a number was not finite."""
+
+ALLOW_NAN = "set train.allow_nan=true to train on regardless"
+
 NICENESS = 5
 """Training yields to the agents and window hosts: they need little, and soon."""
+
+
+class NotFinite(GeminiError):
+    """A loss or a gradient is NaN or infinite: the step must not count."""
+
+
+class OthersNotFinite(GeminiError):
+    """The gradients are not finite, but this rank's own loss is."""
 
 
 class Worker:
@@ -90,7 +105,7 @@ class Worker:
             self._enter(join)
             self._train(join)
         except Exception as error:
-            if not (self._world.aborted or is_peer_failure(error)):
+            if not (self._world.aborted or is_peer_failure(error) or isinstance(error, OthersNotFinite)):
                 raise
             self._channel.send(Trouble(self._node, join.generation, _in_a_line(error)))
             self._park()
@@ -115,9 +130,7 @@ class Worker:
             self._last_snapshot = None
             self._snapshot(0, join, wait=False)
         else:
-            held = self._arena.record(OWN, join.half)
-            if (held.state, held.rank, held.step) != (State.SEALED, join.rank, join.step):
-                raise GeminiError(f"half {join.half} holds {held}, not rank {join.rank} of step {join.step}")
+            self._verify(join)
             self._built.shard.restore(self._arena.payload(OWN, join.half))
             self._last_snapshot = join.step
         self._built.fresh = False
@@ -133,6 +146,19 @@ class Worker:
                 time.monotonic() - joined,
             )
         )
+
+    def _verify(self, join: Join) -> None:
+        """Hold the snapshot against its checksum: what was sealed long ago may have been damaged since."""
+        assert self._arena is not None
+        held = self._arena.record(OWN, join.half)
+        if (held.state, held.rank, held.step) != (State.SEALED, join.rank, join.step):
+            raise GeminiError(f"half {join.half} holds {held}, not rank {join.rank} of step {join.step}")
+        if checksum(self._arena.payload(OWN, join.half)[: held.nbytes]) == held.checksum:
+            return
+        self._arena.write_record(OWN, join.half, Record())
+        at = (join.generation, join.rank, join.step, self._node, OWN, join.half, held.nbytes, held.checksum)
+        self._channel.send(Copied(self._node, *at, False, "checksum", 0.0))
+        raise GeminiError(f"the snapshot of rank {join.rank}, step {join.step} is damaged: its checksum is wrong")
 
     def _prepare_engine(self, join: Join) -> str:
         """Bring the engine to a step boundary as the new rank, by the first rung that may be used; name it."""
@@ -162,10 +188,35 @@ class Worker:
             start = time.monotonic()
             self._drills.arm(step, join.rank, self._built.engine)
             loss = train_step(self._built.engine, self._built.training, step, join.rank)
+            if not self._run.train.allow_nan:
+                self._refuse_not_finite(loss, step, join)
             snapshot_s = self._snapshot(step, join, wait=step == total or self._run.protect.strict)
             step_s = time.monotonic() - start
             self._channel.send(Stepped(self._node, join.generation, join.rank, step, loss, step_s, snapshot_s))
             self._drills.strike_at("after", step, join.rank)
+
+    def _refuse_not_finite(self, loss: float, step: int, join: Join) -> None:
+        """Take back a step with a number that is not finite: no snapshot of it may ever be restored.
+
+        It may be the fault of a machine. So the rank whose loss it is makes way for a fresh process, the others
+        park, and the step is done again; when that ends in the same way, it is the training that diverges.
+        """
+        what = not_finite(self._built.engine, loss)
+        if not what:
+            return
+        where = f"{what} in step {step} (rank {join.rank})"
+        if self._was_before(step, join.generation):
+            raise NotFinite(f"the training diverges: {where}, and again when the step was repeated; {ALLOW_NAN}")
+        if isfinite(loss):
+            raise OthersNotFinite(where)
+        raise NotFinite(f"{where}; the step is taken back")
+
+    def _was_before(self, step: int, generation: int) -> bool:
+        """Leave a mark that outlives this process; whether the step was taken back in an earlier generation."""
+        marks = self._paths.run_dir / NOT_FINITE
+        marks.mkdir(exist_ok=True)
+        (marks / f"step-{step}-generation-{generation}").touch()
+        return any(int(mark.name.rpartition("-")[2]) < generation for mark in marks.glob(f"step-{step}-*"))
 
     # --- snapshots ----------------------------------------------------------------------------------
 
@@ -192,6 +243,7 @@ class Worker:
         arena.write_record(OWN, half, written)
         taken = time.monotonic() - start
         self._channel.send(Written(self._node, half))
+        self._drills.strike_in_replication(step, join.rank, arena, half)
         self._last_snapshot = step
         return taken
 
