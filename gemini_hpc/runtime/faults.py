@@ -123,17 +123,22 @@ def corrupt_file(paths: RunPaths, node: str) -> None:
 def loop(paths: RunPaths, mtbf_s: float, seed: int | None = None) -> int:
     """Kill a worker or a node at random moments, `mtbf_s` seconds apart on average, until the run ends.
 
-    A node is only killed while a spare could replace it, and never the one that coordinates. Returns how many died.
+    A node is killed only where that can be recovered from memory: never the one that coordinates, and not before the
+    run has recovered from the last strike and has a spare again. Returns how many were struck.
     """
-    chance, struck = random.Random(seed), 0
+    chance, struck, generation = random.Random(seed), 0, 0
     while _lives(paths, chance.expovariate(1 / mtbf_s)):
-        nodes = read_status(paths).get("nodes", [])
+        status = read_status(paths)
+        nodes = status.get("nodes", [])
         active = [place["node"] for place in nodes if place["status"] == "active"]
-        spares = [place["node"] for place in nodes if place["status"] == "spare"]
-        node = chance.choice(active) if active else ""
-        strike = chance.choice((kill_worker, kill_node))
-        if not spares or node == nodes[0]["node"]:
+        if not active:
+            continue
+        node, strike = chance.choice(active), chance.choice((kill_worker, kill_node))
+        recovered = status["protected"] and status["generation"] > generation
+        spare = any(place["status"] == "spare" for place in nodes)
+        if not (recovered and spare) or node == nodes[0]["node"]:
             strike = kill_worker
+        generation = status["generation"]
         try:
             strike(paths, node)
             struck += 1
