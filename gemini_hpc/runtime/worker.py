@@ -131,6 +131,7 @@ class Worker:
             self._snapshot(0, join, wait=False)
         else:
             self._verify(join)
+            self._built.fresh = False  # however this ends
             self._built.shard.restore(self._arena.payload(OWN, join.half))
             self._last_snapshot = join.step
         self._built.fresh = False
