@@ -57,6 +57,8 @@ class Matrix:
     """What the rows of this session came to."""
 
     lines: list[Line] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """Figures that have no column."""
 
     def enter(
         self, fault: str, rung: str, detected_ms: float | None, total_ms: float | None, losses: str = IDENTICAL
