@@ -121,7 +121,7 @@ def corrupt_file(paths: RunPaths, node: str) -> None:
 
 
 def loop(paths: RunPaths, mtbf_s: float, seed: int | None = None) -> int:
-    """Kill a worker or a node at random moments, `mtbf_s` seconds apart on average, until the run ends.
+    """Kill a worker that trains or its node at random moments, `mtbf_s` seconds apart on average, until the run ends.
 
     A node is killed only where that can be recovered from memory: never the one that coordinates, and not before the
     run has recovered from the last strike and has a spare again. Returns how many were struck.
@@ -130,7 +130,7 @@ def loop(paths: RunPaths, mtbf_s: float, seed: int | None = None) -> int:
     while _lives(paths, chance.expovariate(1 / mtbf_s)):
         status = read_status(paths)
         nodes = status.get("nodes", [])
-        active = [place["node"] for place in nodes if place["status"] == "active"]
+        active = [place["node"] for place in nodes if place["status"] == "active" and place["worker"] == "busy"]
         if not active:
             continue
         node, strike = chance.choice(active), chance.choice((kill_worker, kill_node))
