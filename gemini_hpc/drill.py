@@ -1,44 +1,60 @@
-"""`python -m gemini_hpc.drill RUN_DIR ACTION NODE`: a failure on purpose, on the real processes of a living run."""
+"""`python -m gemini_hpc.drill RUN_DIR ACTION [NODE]`: a failure on purpose, on the real processes of a living run."""
 
-import signal
 import sys
+from collections.abc import Callable
 from shlex import quote
 
 from gemini_hpc.cli import Parser, run_command
 from gemini_hpc.errors import UserError
+from gemini_hpc.runtime import faults
 from gemini_hpc.runtime.cluster import virtual_nodes
-from gemini_hpc.runtime.faults import kill_node, signal_worker
-from gemini_hpc.runtime.paths import open_run
+from gemini_hpc.runtime.paths import RunPaths, open_run
 from gemini_hpc.runtime.processes import is_held
 
-ACTIONS = {
-    "kill-node": "all processes of the node by SIGKILL, and its memory",
-    "kill-worker": "the training process by SIGKILL; the node lives",
-    "stop-worker": "the training process by SIGSTOP: it hangs, and nobody's connection breaks",
+ACTIONS: dict[str, tuple[str, Callable[[RunPaths, str], None]]] = {
+    "kill-node": ("all processes of the node by SIGKILL, and its memory", faults.kill_node),
+    "kill-worker": ("the training process by SIGKILL; the node lives", faults.kill_worker),
+    "stop": ("all processes of the node by SIGSTOP: it falls silent, and nobody's connection breaks", faults.stop),
+    "stop-worker": ("the training process by SIGSTOP: it hangs", faults.stop_worker),
+    "cut": ("its control connection goes silent, its worker trains on", faults.cut),
+    "go-on": ("end of stop, stop-worker and cut", faults.go_on),
+    "slow": (f"a tenth of its time for {faults.SLOW_S:.0f} s", faults.slow),
+    "corrupt": ("one bit of its own snapshots in memory", faults.corrupt),
+    "corrupt-replica": ("one bit of the replicas that it holds", faults.corrupt_replica),
+    "corrupt-file": ("one bit of its file in the newest checkpoint", faults.corrupt_file),
 }
+
+LOOP = "loop"
 
 
 def main(arguments: list[str]) -> int:
-    described = "; ".join(f"{action}: {what}" for action, what in ACTIONS.items())
-    parser = Parser(prog="gemini_hpc.drill", description=f"Cause a real failure. {described}.")
+    described = "; ".join(f"{action}: {what}" for action, (what, _) in ACTIONS.items())
+    parser = Parser(prog="gemini_hpc.drill", description=f"Cause a real failure. {described}; loop: one after another.")
     parser.add_argument("run_dir", help="the directory of a living run on this machine")
-    parser.add_argument("action", choices=ACTIONS)
-    parser.add_argument("node", help="a node by its name, as `status` shows it")
+    parser.add_argument("action", choices=[*ACTIONS, LOOP])
+    parser.add_argument("node", nargs="?", help="a node by its name, as `status` shows it; not for loop")
+    parser.add_argument("--mtbf", type=float, default=30.0, help="loop: mean time between failures, seconds")
+    parser.add_argument("--seed", type=int, help="loop: choose the same failures again")
     options = parser.parse_args(arguments)
     paths, run = open_run(options.run_dir)
+    if options.action == LOOP:
+        if options.node or not options.mtbf > 0:
+            raise UserError("loop takes no node and a positive --mtbf: drill RUN_DIR loop --mtbf 30")
+        _require_living(paths)
+        print(f"{faults.loop(paths, options.mtbf, options.seed)} failures; the run is over")
+        return 0
     nodes = virtual_nodes(run)
     if options.node not in nodes:
         raise UserError(f"no node {options.node!r}; the nodes are {', '.join(nodes)}")
-    if not is_held(paths.lock):
-        raise UserError(f"{options.run_dir} is not running on this machine; start a run with submit")
-    if options.action == "kill-node":
-        kill_node(paths, options.node)
-    elif options.action == "kill-worker":
-        signal_worker(paths, options.node, "kill_worker", signal.SIGKILL)
-    else:
-        signal_worker(paths, options.node, "stop_worker", signal.SIGSTOP)
+    _require_living(paths)
+    ACTIONS[options.action][1](paths, options.node)
     print(f"{options.action} {options.node}: done; see `python -m gemini_hpc.status {quote(options.run_dir)}`")
     return 0
+
+
+def _require_living(paths: RunPaths) -> None:
+    if not is_held(paths.lock):
+        raise UserError(f"{paths.run_dir} is not running on this machine; start a run with submit")
 
 
 if __name__ == "__main__":

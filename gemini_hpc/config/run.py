@@ -28,6 +28,8 @@ class TrainConfig(Section):
     """DeepSpeed settings, merged over ours"""
     threads: int = Field(1, ge=1)
     """CPU threads of each worker"""
+    allow_nan: bool = False
+    """train on when a loss or a gradient is not a finite number; by default such a step is taken back"""
 
 
 class ModelConfig(Section):
@@ -129,12 +131,13 @@ class Drill(Section):
 
     step: int = Field(ge=1)
     """the step in which it strikes"""
-    phase: Literal["forward", "backward", "optimizer", "snapshot", "after"] = "backward"
+    phase: Literal["forward", "backward", "optimizer", "snapshot", "replication", "after"] = "backward"
     """the moment in the step"""
     rank: int = Field(0, ge=0)
     """the rank that is struck"""
-    action: Literal["kill_node", "kill_worker"] = "kill_node"
-    """kill_node: all processes and the memory of the node; kill_worker: the training process alone"""
+    action: Literal["kill_node", "kill_worker", "stop_worker"] = "kill_node"
+    """kill_node: all processes and the memory of the node; kill_worker: the training process alone; stop_worker: that
+    one hangs"""
 
 
 def _one_drill(values: dict[str, Any]) -> tuple[Drill, ...]:

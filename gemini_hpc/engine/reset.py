@@ -54,7 +54,9 @@ def _reset_parameters(module: torch.nn.Module) -> None:
     for parameter in module.parameters():
         parameter.grad = None
         parameter.ds_active_sub_modules.clear()
-        if parameter.ds_status is not ZeroParamStatus.NOT_AVAILABLE and not parameter.ds_persist:
+        # persistent ones stay whole, but for those whose gathering was interrupted, as at the end of a restore
+        whole = parameter.ds_persist and parameter.ds_status is ZeroParamStatus.AVAILABLE
+        if parameter.ds_status is not ZeroParamStatus.NOT_AVAILABLE and not whole:
             parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
             parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
     for submodule in module.modules():

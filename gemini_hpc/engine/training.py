@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
@@ -50,3 +51,16 @@ def train_step(engine: Any, training: Training, step: int, rank: int) -> float:
         engine.step()
         losses.append(loss.detach().float())
     return float(torch.stack(losses).mean())
+
+
+def not_finite(engine: Any, loss: float) -> str:
+    """Say what in the step just done was NaN or infinite; empty when nothing was.
+
+    DeepSpeed 0.19.8 leaves out an update whose gradient norm is not finite, on all ranks, in any precision, and goes
+    on. With fp16 that is how its loss scale finds its place, and counts for nothing here.
+    """
+    if engine.fp16_enabled():
+        return ""
+    if not isfinite(loss):
+        return f"the loss is {loss}"
+    return "a gradient is not finite" if engine.optimizer.overflow else ""

@@ -1,13 +1,19 @@
 """A run's scheduled drills: strike in a chosen phase of a chosen step, from inside the worker that is struck."""
 
 import os
-import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
+from gemini_hpc.arena import OWN, Arena, State
 from gemini_hpc.config import RunConfig
-from gemini_hpc.runtime.faults import kill_node, signal_worker
+from gemini_hpc.runtime.faults import kill_node, kill_worker, stop_worker
 from gemini_hpc.runtime.paths import RunPaths
+
+STRIKES = {"kill_node": kill_node, "kill_worker": kill_worker, "stop_worker": stop_worker}
+
+SEAL_S = 1.0
+"""A drill that strikes during replication waits so long for the snapshot to be sealed."""
 
 
 class Drills:
@@ -32,6 +38,14 @@ class Drills:
             elif drill.phase == "optimizer":
                 engine.optimizer.optimizer.register_step_pre_hook(lambda *_, strike=strike: strike())
 
+    def strike_in_replication(self, step: int, rank: int, arena: Arena, half: int) -> None:
+        """After a snapshot was written: strike, if that is planned, once its seal lets the holders pull it."""
+        if any((drill.phase, drill.step, drill.rank) == ("replication", step, rank) for _, drill in self._planned):
+            deadline = time.monotonic() + SEAL_S
+            while arena.record(OWN, half).state is not State.SEALED and time.monotonic() < deadline:
+                time.sleep(0.0005)
+            self.strike_at("replication", step, rank)
+
     def strike_at(self, phase: str, step: int, rank: int) -> None:
         """Between the phases of the loop: strike now, if that is planned."""
         for number, drill in self._planned:
@@ -43,10 +57,7 @@ class Drills:
             if not self._first(number):
                 return
             where = {"step": step, "rank": rank, "phase": phase}
-            if action == "kill_node":
-                kill_node(self._paths, self._node, **where)
-            else:
-                signal_worker(self._paths, self._node, action, signal.SIGKILL, **where)
+            STRIKES[action](self._paths, self._node, **where)
 
         return strike
 

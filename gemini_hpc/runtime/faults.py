@@ -1,25 +1,41 @@
-"""Failures on purpose, on the real processes: what `drill` and a run's scheduled drills do."""
+"""Failures on purpose, on the real processes: what `drill` and a run's scheduled drills do.
+
+Each is recorded before it happens, so that the time to its detection can be told: as an event "fault" where it takes
+something away, and as a "drill" where nothing may be lost by it alone.
+"""
 
 import os
+import random
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
 
+from gemini_hpc.arena import OWN, Arena, State
 from gemini_hpc.errors import UserError
+from gemini_hpc.persist import manifest
 from gemini_hpc.runtime.paths import RunPaths
-from gemini_hpc.runtime.processes import NODE_MARK, kill, kill_marked, marked
+from gemini_hpc.runtime.processes import NODE_MARK, is_held, kill, kill_marked, marked
+from gemini_hpc.runtime.status_file import read_status
 from gemini_hpc.telemetry import EventLog
 
 WORKER = "gemini_hpc.runtime.worker"
+AGENT = "gemini_hpc.runtime.agent"
+
+SLOW_S = 5.0
+SLOW_STOP_S, SLOW_GO_S = 0.09, 0.01
+"""A slow node gets a tenth of the time, in pieces too short to be taken for a hang."""
+
+LOOK_S = 0.5
+"""How often the loop looks whether the run still lives."""
 
 
 def kill_node(paths: RunPaths, node: str, **where: object) -> None:
     """Take a virtual node away: its memory, and all its processes by SIGKILL; the caller last, if it is one."""
-    pids = marked(NODE_MARK, _mark(paths, node))
+    pids = _processes(paths, node)
     inside = os.environ.get(NODE_MARK) == _mark(paths, node)
-    if not pids:
-        raise _nobody(paths, f"process of {node}")
-    EventLog(paths.run_dir, "drill").emit("fault", action="kill_node", target=node, **where)
+    _record(paths, node, "kill_node", **where)
     # the memory first, and the agent after its other children: the kernel kills them with it, the caller too
     paths.arena(node).unlink(missing_ok=True)
     agent = os.getppid() if inside else None
@@ -30,21 +46,147 @@ def kill_node(paths: RunPaths, node: str, **where: object) -> None:
     kill_marked(NODE_MARK, _mark(paths, node))
 
 
-def signal_worker(paths: RunPaths, node: str, action: str, number: int, **where: object) -> None:
-    """Send a signal to the training process of `node` alone."""
-    pids = [pid for pid in marked(NODE_MARK, _mark(paths, node)) if WORKER in _command(pid)]
-    if os.environ.get(NODE_MARK) == _mark(paths, node):
-        pids = [os.getpid()]
-    if not pids:
-        raise _nobody(paths, f"worker of {node}")
-    EventLog(paths.run_dir, "drill").emit("fault", action=action, target=node, **where)
+def kill_worker(paths: RunPaths, node: str, **where: object) -> None:
+    """End the training process of `node` by SIGKILL; the node lives."""
+    _signal_worker(paths, node, "kill_worker", signal.SIGKILL, **where)
+
+
+def stop_worker(paths: RunPaths, node: str, **where: object) -> None:
+    """Stop the training process of `node`: it hangs, and nobody's connection breaks."""
+    _signal_worker(paths, node, "stop_worker", signal.SIGSTOP, **where)
+
+
+def stop(paths: RunPaths, node: str) -> None:
+    """Stop all processes of `node`, as when a machine hangs: no connection breaks, nobody is told."""
+    pids = _processes(paths, node)
+    _record(paths, node, "stop")
+    for pid in pids:
+        kill(pid, signal.SIGSTOP)
+
+
+def cut(paths: RunPaths, node: str) -> None:
+    """Silence the control connection of `node` without a reset: its agent is stopped, its worker trains on."""
+    pids = _processes(paths, node, AGENT)
+    _record(paths, node, "cut")
+    for pid in pids:
+        kill(pid, signal.SIGSTOP)
+
+
+def go_on(paths: RunPaths, node: str) -> None:
+    """Let what was stopped on `node` go on."""
+    for pid in _processes(paths, node):
+        kill(pid, signal.SIGCONT)
+
+
+def slow(paths: RunPaths, node: str, seconds: float = SLOW_S) -> None:
+    """Give the processes of `node` a tenth of their time for so long; returns after that."""
+    pids = _processes(paths, node)
+    _record(paths, node, "slow", kind="drill", seconds=seconds)
+    deadline = time.monotonic() + seconds
+    try:
+        while time.monotonic() < deadline:
+            for number, pause_s in ((signal.SIGSTOP, SLOW_STOP_S), (signal.SIGCONT, SLOW_GO_S)):
+                for pid in pids:
+                    kill(pid, number)
+                time.sleep(pause_s)
+    finally:
+        for pid in pids:
+            kill(pid, signal.SIGCONT)
+
+
+def corrupt(paths: RunPaths, node: str) -> None:
+    """Flip one bit in each sealed snapshot that `node` has of its own rank."""
+    _corrupt(paths, node, "corrupt", lambda area: area == OWN)
+
+
+def corrupt_replica(paths: RunPaths, node: str) -> None:
+    """Flip one bit in each replica that `node` holds for others."""
+    _corrupt(paths, node, "corrupt_replica", lambda area: area != OWN)
+
+
+def corrupt_file(paths: RunPaths, node: str) -> None:
+    """Flip one bit in the file that the rank of `node` has in the newest checkpoint."""
+    checkpoint = manifest.newest(paths.run_dir)
+    if checkpoint is None:
+        raise UserError(f"{paths.run_dir} has no checkpoint yet; see protect.persist_every")
+    ranks = [place["rank"] for place in read_status(paths).get("nodes", []) if place["node"] == node]
+    if not ranks or ranks[0] is None:
+        raise UserError(f"{node} has no rank; `python -m gemini_hpc.status {quote(str(paths.run_dir))}` shows who has")
+    path = checkpoint.path / checkpoint.files[ranks[0]].name
+    _record(paths, node, "corrupt_file", kind="drill", step=checkpoint.step, path=str(path))
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        (byte,) = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+
+
+def loop(paths: RunPaths, mtbf_s: float, seed: int | None = None) -> int:
+    """Kill a worker that trains or its node at random moments, `mtbf_s` seconds apart on average, until the run ends.
+
+    A node is killed only where that can be recovered from memory: not before the run has recovered from the last
+    strike, and while it has a spare. Returns how many were struck.
+    """
+    chance, struck, generation = random.Random(seed), 0, 0
+    while _lives(paths, chance.expovariate(1 / mtbf_s)):
+        status = read_status(paths)
+        nodes = status.get("nodes", [])
+        active = [place["node"] for place in nodes if place["status"] == "active" and place["worker"] == "busy"]
+        if not active:
+            continue
+        node, strike = chance.choice(active), chance.choice((kill_worker, kill_node))
+        recovered = status["protected"] and status["generation"] > generation
+        spare = any(place["status"] == "spare" for place in nodes)
+        if not (recovered and spare):
+            strike = kill_worker
+        generation = status["generation"]
+        try:
+            strike(paths, node)
+            struck += 1
+        except UserError:
+            continue  # it was gone already: the status is older than the last strike
+    return struck
+
+
+def _lives(paths: RunPaths, seconds: float) -> bool:
+    """Wait; whether the run still trains then."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and is_held(paths.lock):
+        time.sleep(min(LOOK_S, max(0.0, deadline - time.monotonic())))
+    return is_held(paths.lock) and read_status(paths).get("state") not in ("closing", "verifying", "reporting")
+
+
+def _signal_worker(paths: RunPaths, node: str, action: str, number: int, **where: object) -> None:
+    inside = os.environ.get(NODE_MARK) == _mark(paths, node)
+    pids = [os.getpid()] if inside else _processes(paths, node, WORKER)
+    _record(paths, node, action, **where)
     for pid in pids:
         kill(pid, number)
 
 
-def _nobody(paths: RunPaths, what: str) -> UserError:
-    command = f"python -m gemini_hpc.status {quote(str(paths.run_dir))}"
-    return UserError(f"no {what} is alive; `{command}` shows who is")
+def _corrupt(paths: RunPaths, node: str, action: str, wanted: Callable[[int], bool]) -> None:
+    arena = Arena.open(paths.arena(node))
+    halves = [(area, half) for area in range(arena.geometry.areas) for half in (0, 1) if wanted(area)]
+    sealed = [at for at in halves if arena.record(*at).state is State.SEALED]
+    if not sealed:
+        raise UserError(f"{node} holds no such snapshot now")
+    steps = sorted(arena.record(*at).step for at in sealed)
+    _record(paths, node, action, kind="drill", steps=steps)
+    for at in sealed:
+        arena.payload(*at)[arena.record(*at).nbytes // 2] ^= 1
+
+
+def _record(paths: RunPaths, node: str, action: str, kind: str = "fault", **where: object) -> None:
+    EventLog(paths.run_dir, "drill").emit(kind, action=action, target=node, **where)
+
+
+def _processes(paths: RunPaths, node: str, module: str = "") -> list[int]:
+    """Return the living processes of `node`, of one module alone if told so. Raises UserError when there is none."""
+    pids = [pid for pid in marked(NODE_MARK, _mark(paths, node)) if module in _command(pid)]
+    if not pids:
+        what = f"no {module.rpartition('.')[2] or 'process'} of {node} is alive"
+        raise UserError(f"{what}; `python -m gemini_hpc.status {quote(str(paths.run_dir))}` shows who is")
+    return pids
 
 
 def _mark(paths: RunPaths, node: str) -> str:

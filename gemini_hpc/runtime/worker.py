@@ -8,15 +8,17 @@ import threading
 import time
 import traceback
 import warnings
+from math import isfinite
 
 logging.disable(logging.INFO)  # the libraries' chatter; errors still reach the log
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 from gemini_hpc import versions  # noqa: E402
-from gemini_hpc.arena import OWN, Arena, Record, State  # noqa: E402
+from gemini_hpc.arena import OWN, Arena, Record, State, checksum  # noqa: E402
 from gemini_hpc.config import RunConfig  # noqa: E402
 from gemini_hpc.core.messages import (  # noqa: E402
     Abort,
+    Damaged,
     Hello,
     Join,
     Message,
@@ -32,7 +34,7 @@ from gemini_hpc.core.types import FRESH  # noqa: E402
 from gemini_hpc.engine import builder, reset  # noqa: E402
 from gemini_hpc.engine.elastic import ElasticWorld, is_peer_failure  # noqa: E402
 from gemini_hpc.engine.generators import start_generators  # noqa: E402
-from gemini_hpc.engine.training import train_step  # noqa: E402
+from gemini_hpc.engine.training import not_finite, train_step  # noqa: E402
 from gemini_hpc.errors import GeminiError  # noqa: E402
 from gemini_hpc.runtime.channel import Channel  # noqa: E402
 from gemini_hpc.runtime.children import PARENT  # noqa: E402
@@ -40,8 +42,25 @@ from gemini_hpc.runtime.drills import Drills  # noqa: E402
 from gemini_hpc.runtime.paths import RunPaths, open_run  # noqa: E402
 from gemini_hpc.runtime.processes import die_with_parent  # noqa: E402
 
+NOT_FINITE = "not_finite"
+"""Folder of the run: a file for each step and generation in which a number was not finite."""
+
+ALLOW_NAN = "set train.allow_nan=true to train on regardless"
+
 NICENESS = 5
 """Training yields to the agents and window hosts: they need little, and soon."""
+
+
+class NotFinite(GeminiError):
+    """A loss or a gradient is NaN or infinite: the step must not count."""
+
+
+class OthersNotFinite(GeminiError):
+    """The gradients are not finite, but this rank's own loss is."""
+
+
+class SnapshotDamaged(GeminiError):
+    """The snapshot to restore is not what was sealed."""
 
 
 class Worker:
@@ -91,9 +110,12 @@ class Worker:
             self._enter(join)
             self._train(join)
         except Exception as error:
-            if not (self._world.aborted or is_peer_failure(error)):
+            if isinstance(error, SnapshotDamaged):
+                self._channel.send(Damaged(self._node, join.generation, join.rank, join.step))
+            elif self._world.aborted or is_peer_failure(error) or isinstance(error, OthersNotFinite):
+                self._channel.send(Trouble(self._node, join.generation, _in_a_line(error)))
+            else:
                 raise
-            self._channel.send(Trouble(self._node, join.generation, _in_a_line(error)))
             self._park()
 
     def _park(self) -> None:
@@ -106,19 +128,19 @@ class Worker:
     def _enter(self, join: Join) -> None:
         """Become `join.rank` in a new group, with the state after `join.step`."""
         start = time.monotonic()
+        self._arena = self._arena or Arena.open(self._paths.arena(self._node))
+        if join.step != FRESH:
+            self._verify(self._arena, join)
         rung = self._prepare_engine(join)
         ready = time.monotonic()
         self._world.join(join.generation, join.rank, join.store)
         joined = time.monotonic()
-        self._arena = self._arena or Arena.open(self._paths.arena(self._node))
         if join.step == FRESH:
             start_generators(self._run.train.seed, join.rank)
             self._last_snapshot = None
             self._snapshot(0, join, wait=False)
         else:
-            held = self._arena.record(OWN, join.half)
-            if (held.state, held.rank, held.step) != (State.SEALED, join.rank, join.step):
-                raise GeminiError(f"half {join.half} holds {held}, not rank {join.rank} of step {join.step}")
+            self._built.fresh = False  # however this ends
             self._built.shard.restore(self._arena.payload(OWN, join.half))
             self._last_snapshot = join.step
         self._built.fresh = False
@@ -134,6 +156,15 @@ class Worker:
                 time.monotonic() - joined,
             )
         )
+
+    def _verify(self, arena: Arena, join: Join) -> None:
+        """Hold the snapshot against its checksum: what was sealed long ago may have been damaged since."""
+        held = arena.record(OWN, join.half)
+        if (held.state, held.rank, held.step) != (State.SEALED, join.rank, join.step):
+            raise GeminiError(f"half {join.half} holds {held}, not rank {join.rank} of step {join.step}")
+        if checksum(arena.payload(OWN, join.half)[: held.nbytes]) != held.checksum:
+            arena.write_record(OWN, join.half, Record())
+            raise SnapshotDamaged(f"the snapshot of rank {join.rank}, step {join.step} has another checksum by now")
 
     def _prepare_engine(self, join: Join) -> str:
         """Bring the engine to a step boundary as the new rank, by the first rung that may be used; name it."""
@@ -165,6 +196,8 @@ class Worker:
             start = time.monotonic()
             self._drills.arm(step, join.rank, self._built.engine)
             loss = train_step(self._built.engine, self._built.training, step, join.rank)
+            if not self._run.train.allow_nan:
+                self._refuse_not_finite(loss, step, join)
             strict = self._run.protect.strict
             snapshot_s = self._snapshot(step, join, wait=step == total or strict)
             if strict and not self._wait_until_safe():
@@ -172,6 +205,29 @@ class Worker:
             step_s = time.monotonic() - start
             self._channel.send(Stepped(self._node, join.generation, join.rank, step, loss, step_s, snapshot_s))
             self._drills.strike_at("after", step, join.rank)
+
+    def _refuse_not_finite(self, loss: float, step: int, join: Join) -> None:
+        """Take back a step with a number that is not finite: no snapshot of it may ever be restored.
+
+        It may be the fault of a machine. So the rank whose loss it is makes way for a fresh process, the others
+        park, and the step is done again; when that ends in the same way, it is the training that diverges.
+        """
+        what = not_finite(self._built.engine, loss)
+        if not what:
+            return
+        where = f"{what} in step {step} (rank {join.rank})"
+        if self._was_before(step, join.generation):
+            raise NotFinite(f"the training diverges: {where}, and again when the step was repeated; {ALLOW_NAN}")
+        if isfinite(loss):
+            raise OthersNotFinite(where)
+        raise NotFinite(f"{where}; the step is taken back")
+
+    def _was_before(self, step: int, generation: int) -> bool:
+        """Leave a mark that outlives this process; whether the step was taken back in an earlier generation."""
+        marks = self._paths.run_dir / NOT_FINITE
+        marks.mkdir(exist_ok=True)
+        (marks / f"step-{step}-generation-{generation}").touch()
+        return any(int(mark.name.rpartition("-")[2]) < generation for mark in marks.glob(f"step-{step}-*"))
 
     # --- snapshots ----------------------------------------------------------------------------------
 
@@ -198,6 +254,7 @@ class Worker:
         arena.write_record(OWN, half, written)
         taken = time.monotonic() - start
         self._channel.send(Written(self._node, half))
+        self._drills.strike_in_replication(step, join.rank, arena, half)
         self._last_snapshot = step
         return taken
 

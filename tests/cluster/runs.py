@@ -51,8 +51,16 @@ def until(found: Callable[[], Any], what: str, timeout_s: float) -> Any:
 class Run:
     """One `submit` in the foreground. Use as a context: at its end nothing of the run may be left."""
 
-    def __init__(self, place: Path, *settings: str, resume: Path | None = None, env: Mapping[str, str] = {}) -> None:
+    def __init__(
+        self,
+        place: Path,
+        *settings: str,
+        resume: Path | None = None,
+        env: Mapping[str, str] = {},
+        shm: Path = SHM,
+    ) -> None:
         self.place = place
+        self.shm = shm
         self.output = place / f"submit-{len(list(place.glob('submit-*')))}.txt"
         before = set(place.glob("runs/*"))
         resumed = ["--resume", str(resume)] if resume else ["model.preset=tiny", f"site.runs_dir={place / 'runs'}"]
@@ -95,7 +103,7 @@ class Run:
 
     @property
     def paths(self) -> RunPaths:
-        return RunPaths(self.run_dir.resolve(), SHM)
+        return RunPaths(self.run_dir.resolve(), self.shm)
 
     @property
     def text(self) -> str:
@@ -119,13 +127,15 @@ class Run:
 
     # --- waiting ------------------------------------------------------------------------------------
 
-    def wait_for(self, kind: str, timeout_s: float = EVENT_S, at_least: int = 0, **fields: Any) -> Event:
-        """Return the first such event of this attempt; with `at_least` one whose step is not lower."""
+    def wait_for(
+        self, kind: str, timeout_s: float = EVENT_S, at_least: int = 0, since: float = 0.0, **fields: Any
+    ) -> Event:
+        """Return the first such event of this attempt; `since` then, and of a step that is `at_least` that."""
 
         def found() -> list[Event]:
             recent = read_events(self.run_dir)[self._earlier :]
             events = [e for e in recent if e["kind"] == kind and all(e.get(n) == v for n, v in fields.items())]
-            events = [e for e in events if not at_least or e["step"] >= at_least]
+            events = [e for e in events if e["t"] >= since and (not at_least or e["step"] >= at_least)]
             if not events and self.ended():
                 raise AssertionError(f"the run ended without {kind} {fields}:\n{self.text}")
             return events
@@ -158,10 +168,12 @@ class Run:
         """Return the living processes of the run but for MPI's launcher and its shields."""
         return [pid for pid in self.pids("-m gemini_hpc.") if "windows/shield.py" not in _command(pid)]
 
-    def kill(self, module: str, node: str = "", number: int = signal.SIGKILL) -> None:
-        """Send a signal to the one process of that module (on that node)."""
+    def kill(self, module: str, node: str = "", number: int = signal.SIGKILL) -> float:
+        """Send a signal to the one process of that module (on that node); return when."""
         (pid,) = until(lambda: self.pids(module, node), f"{module} of {node}", EVENT_S)
+        now = time.time()
         os.kill(pid, number)
+        return now
 
     def supervisor(self) -> int:
         """Return the supervisor's process: it is the one that the job runs, and bears no mark."""

@@ -55,7 +55,13 @@ def test_submit_refuses(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("status", "nowhere"), ("status", "."), ("drill", "nowhere", "kill-node", "node1")],
+    [
+        ("status", "nowhere"),
+        ("status", "."),
+        ("drill", "nowhere", "kill-node", "node1"),
+        ("drill", "nowhere", "loop"),
+        ("drill", "nowhere", "loop", "--mtbf", "soon"),
+    ],
     ids=lambda arguments: " ".join(arguments),
 )
 def test_other_commands_refuse(arguments: tuple[str, ...], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from nbclient import NotebookClient
 
 from gemini_hpc.analysis import timeline
+from tests.cluster.matrix import STOPPED, Matrix
 from tests.cluster.runs import Run, drill, drills, reference_losses
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
@@ -28,6 +29,7 @@ def workers_lost(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         drill(12, 2, phase="snapshot"),
         drill(16, 0, phase="after"),
         drill(20, 1, phase="backward"),
+        drill(22, 2, phase="replication"),
     ]
     with Run(tmp_path_factory.mktemp("workers"), *THREE, drills(struck)) as run:
         run.wait_for_end(timeout_s=300)
@@ -41,25 +43,33 @@ def reference(workers_lost: Run) -> Reference:
     return found
 
 
-def test_lost_workers_come_back_on_their_nodes(workers_lost: Run, reference: Reference) -> None:
-    """In each of the five phases, from the node's own memory; the spare is not touched."""
+@pytest.mark.faults
+def test_lost_workers_come_back_on_their_nodes(workers_lost: Run, reference: Reference, matrix: Matrix) -> None:
+    """In each of the six phases, from the node's own memory; the spare is not touched."""
     workers_lost.assert_identical_to(reference)
     assert workers_lost.status["verdict"].startswith("all ")
     assert [fault["phase"] for fault in workers_lost.events("fault")] == [
-        "forward", "optimizer", "snapshot", "after", "backward",
+        "forward", "optimizer", "snapshot", "after", "backward", "replication",
     ]  # fmt: skip
     found = timeline.recoveries(workers_lost.events())
-    assert [item.targets for item in found] == [("node0",), ("node1",), ("node2",), ("node0",), ("node1",)]
+    assert [item.targets for item in found] == [
+        ("node0",), ("node1",), ("node2",), ("node0",), ("node1",), ("node2",),
+    ]  # fmt: skip
     assert all(item.outcome == "recovered" and item.rung == "restart" for item in found)
     assert {item.tier for item in found} == {"local"}
     assert {item.replayed for item in found} == {0}  # protect.strict: also when it is lost right after a step
     assert not workers_lost.events("promote", target="node3")
     (spare,) = [node for node in workers_lost.status["nodes"] if node["node"] == "node3"]
     assert spare["status"] == "spare"
+    for item, fault in zip(found, workers_lost.events("fault"), strict=True):
+        matrix.enter_recovery(f"worker SIGKILL, {fault['phase']}", item)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_lost_node_is_replaced_by_the_spare(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_node_is_replaced_by_the_spare(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, matrix: Matrix
+) -> None:
     """The main job: hot swap, from peer memory, with a report; bf16 with two micro-batches a step."""
     accumulated = ["train.grad_accum=2", f"train.precision={precision}"] if precision == "bf16" else []
     place = tmp_path / "a place"
@@ -81,13 +91,15 @@ def test_a_lost_node_is_replaced_by_the_spare(precision: str, tmp_path: Path, mo
         assert holders == {"node0": 0, "node1": 1, "node2": None, "node3": 3, "node4": 2}
         assert run.paths.report.stat().st_size > 10_000
         assert "proof" in run.text and "recovery 1" in run.text
+        matrix.enter_recovery(f"node SIGKILL in the middle of a step, {precision}", found)
         if precision == "fp32":
             monkeypatch.setenv("GEMINI_RUN_DIR", str(run.run_dir))
             notebook = nbformat.read(NOTEBOOK, as_version=4)
             NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
 
 
-def test_the_rebuild_rung_gives_the_same_losses(tmp_path: Path, reference: Reference) -> None:
+@pytest.mark.faults
+def test_the_rebuild_rung_gives_the_same_losses(tmp_path: Path, reference: Reference, matrix: Matrix) -> None:
     """Survivors build their engines anew when they are told not to swap."""
     struck = drills([drill(10, 1, "kill_node")])
     with Run(tmp_path, *THREE, struck, "recovery.first_rung=rebuild", "verify=false") as run:
@@ -97,9 +109,13 @@ def test_the_rebuild_rung_gives_the_same_losses(tmp_path: Path, reference: Refer
         rungs = {event["target"]: event["rung"] for event in run.events("resumed", generation=generation)}
         assert rungs.keys() == {"node0", "node2", "node3"}
         assert set(rungs.values()) == {"rebuild"}  # the spare's engine, too: it was built as another rank
+        matrix.enter_recovery("node SIGKILL, no hot swap allowed", timeline.recoveries(run.events())[0])
 
 
-def test_out_of_spares_the_newest_step_is_saved_and_the_run_goes_on_later(tmp_path: Path, reference: Reference) -> None:
+@pytest.mark.faults
+def test_out_of_spares_the_newest_step_is_saved_and_the_run_goes_on_later(
+    tmp_path: Path, reference: Reference, matrix: Matrix
+) -> None:
     struck = drills([drill(6, 1, "kill_node"), drill(12, 2, "kill_node", "forward")])
     with Run(tmp_path, *THREE, struck, "verify=false", "protect.persist_every=100") as run:
         run.wait_for_end(status=1)
@@ -114,3 +130,7 @@ def test_out_of_spares_the_newest_step_is_saved_and_the_run_goes_on_later(tmp_pa
             assert resumed.events("plan")[-1]["step"] == saved["step"]
             assert {move["tier"] for move in resumed.events("plan")[-1]["moves"]} == {"persistent"}
             assert resumed.status["state"] == "finished"
+        fault = run.events("fault")[-1]
+        stopped = next(event for event in run.events("run") if event["t"] > fault["t"])
+        took = 1000 * (stopped["t"] - fault["t"])
+        matrix.enter("a node more than there are spares, then --resume", "saved, stopped", None, took, STOPPED)
