@@ -66,12 +66,13 @@ def _form(turn: Turn) -> None:
     """Plan the next generation as soon as there is a node for every rank."""
     if any(m.held is None for m in turn.alive) and not turn.cluster.counted:
         return  # a new coordinator first hears from all who live what they have
-    if not turn.cluster.surveyed:
+    if not turn.cluster.counted:
+        turn.set(counted=True, ranks=recovery.last_ranks(turn.alive), copies=recovery.all_copies(turn.alive))
+    step, _ = recovery.newest_complete(turn.cluster.copies, turn.cluster.rules.world_size)
+    if step == FRESH and not turn.cluster.surveyed:  # nobody waits for a file system that is not needed
         if turn.in_phase_for() > turn.cluster.rules.finish_s:
             turn.save_and_stop("the persistent tier does not say which checkpoints it has")
         return
-    if not turn.cluster.counted:
-        turn.set(counted=True, ranks=recovery.last_ranks(turn.alive), copies=recovery.all_copies(turn.alive))
     cluster = turn.cluster
     if not cluster.begun and any(m.worker is not Worker.IDLE for m in turn.alive):
         return  # the first time, wait for all that were asked for
@@ -270,7 +271,7 @@ def _start_persist(turn: Turn) -> None:
         turn.note("persist_failed", step=cluster.persisting, reason="some node did not answer in time")
         turn.end_persist()
         cluster = turn.cluster
-    if cluster.persisting != FRESH or cluster.safe_step < cluster.next_persist:
+    if not cluster.surveyed or cluster.persisting != FRESH or cluster.safe_step < cluster.next_persist:
         return
     copies = {rank: cluster.copies[rank, cluster.safe_step][node] for rank, node in cluster.ranks.items()}
     sums = {rank: copy.checksum for rank, copy in copies.items()}

@@ -47,14 +47,11 @@ def _waiting_for(cluster: Cluster) -> list[str]:
     """Name what the cluster waits for now (I6); empty while it trains or when it is over."""
     members, plan = cluster.members, cluster.plan
     if cluster.phase is Phase.FORMING and not cluster.counted:
-        unheard = [f"{m.node} to report what it has" for m in members.values() if m.alive and m.held is None]
-        return unheard or ([] if cluster.surveyed else ["the persistent tier to list its checkpoints"])
+        return [f"{m.node} to report what it has" for m in members.values() if m.alive and m.held is None]
     if cluster.phase is Phase.FORMING:
-        return [
-            f"worker of {m.node} ({m.worker.value})"
-            for m in members.values()
-            if m.worker is not Worker.IDLE and m.alive
-        ]
+        tier = [] if cluster.surveyed else ["the persistent tier to list its checkpoints"]
+        building = [m for m in members.values() if m.worker is not Worker.IDLE and m.alive]
+        return tier + [f"worker of {m.node} ({m.worker.value})" for m in building]
     if cluster.phase is Phase.GATHERING and plan is not None:
         fetches = [
             f"rank {r}'s snapshot from {s.node or s.tier}" for r, s in plan.sources.items() if r not in cluster.fetched
