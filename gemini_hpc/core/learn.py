@@ -142,6 +142,10 @@ def _on_worker_ready(turn: Turn, event: WorkerReady) -> None:
 
 
 def _on_worker_lost(turn: Turn, event: WorkerLost) -> None:
+    if event.final and (not turn.cluster.begun or event.node in turn.cluster.ranks.values()):
+        turn.note("suspect", target=event.node, evidence="worker", reason=event.reason)
+        turn.save_and_stop(event.reason)
+        return
     turn.lose_worker(event.node, event.reason)
 
 
@@ -189,12 +193,13 @@ def _on_stepped(turn: Turn, event: Stepped) -> None:
             turn.order(Safe(event.node, cluster.generation, cluster.safe_step))
         return
     stepped = {**cluster.stepped, event.rank: event.step}
-    first = len(stepped) == cluster.rules.world_size > len(cluster.stepped)
+    complete = len(stepped) == cluster.rules.world_size
     turn.set(stepped=stepped)
-    if first:
-        turn.set(fruitless=0)
+    if complete and len(cluster.stepped) < len(stepped):
         turn.note("first_step", generation=event.generation, step=event.step)
-        for node in cluster.ranks.values():  # it works again: the next failure is a new one
+    if complete and cluster.fruitless and min(stepped.values()) > cluster.furthest:
+        turn.set(fruitless=0)  # further than ever: the next failure is a new one. A step done again proves nothing
+        for node in cluster.ranks.values():
             turn.set_member(node, restarts=0)
 
 

@@ -146,9 +146,10 @@ class WorkerReady(Event):
 
 @dataclass(frozen=True)
 class WorkerLost(Event):
-    """The worker process is gone (pidfd), or said that it cannot go on."""
+    """The worker process is gone (pidfd), or said that it cannot go on; `final`: nor could another in its place."""
 
     reason: str
+    final: bool
 
 
 @dataclass(frozen=True)

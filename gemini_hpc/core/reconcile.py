@@ -109,6 +109,7 @@ def _form(turn: Turn) -> None:
         safe_step=FRESH,
         exposed=True,
         fruitless=cluster.fruitless + 1,
+        furthest=max(cluster.furthest, cluster.all_stepped()),
     )
     turn.enter(Phase.GATHERING)
 

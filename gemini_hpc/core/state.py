@@ -150,7 +150,8 @@ class Cluster:
     loading: frozenset[int] = frozenset()  # ranks that were told to Load
     safe_step: int = FRESH
     exposed: bool = True  # nothing is safe yet, or not again since the last recovery
-    fruitless: int = 0  # generations since the last finished step
+    furthest: int = FRESH  # the newest step that all ranks had done in the generations before
+    fruitless: int = 0  # generations since the run last came further
     worlds: int = 0  # the number of the last that this coordinator started
     world: World = World()
     persisting: int = FRESH  # step that is being written to the persistent tier
@@ -164,6 +165,10 @@ class Cluster:
     next_persist: int = 0
     published: Checkpoint | None = None
     outcome: str = ""
+
+    def all_stepped(self) -> int:
+        """The newest step that all ranks have done in this generation; FRESH: none."""
+        return min(self.stepped.values()) if len(self.stepped) == self.rules.world_size else FRESH
 
 
 NUMBERS_OF_A_TERM = 1_000_000

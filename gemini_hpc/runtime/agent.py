@@ -122,6 +122,7 @@ class Agent:
         self._stopped_since = 0.0  # since when the worker does not run, because of a signal
         self._worker_starts = 0
         self._last_words = ""  # why the worker is about to exit
+        self._final = False  # and whether another would do no better
         self._over = False
         returned = os.environ.get(RETURNED) == "1"
         self._seat = Seat(rules_of(run, nodes), node, run.recovery.heartbeat_s, self._started, returned)
@@ -174,11 +175,15 @@ class Agent:
             self._say_again()
 
     def _say_again(self) -> None:
-        """A line may have broken, and a message with it: repeat what is told only once."""
+        """A line may have broken, and a message with it: repeat what is told only once. And see that all is there."""
         if self._last_step is not None:
             self._tell(self._last_step)
         if self._host_world:
             self._remind_host()
+        if self._arena is not None and not self._arena.path.exists():
+            # what it holds can be reached by nobody new, and every MPI world would fail
+            self._events.emit("run", state="stopped", reason=f"{self._arena.path} is gone")
+            self._over = True
 
     def _watch_worker(self, now: float) -> None:
         """A stopped worker (SIGSTOP, a debugger) holds up all ranks, and no socket breaks: end it."""
@@ -254,7 +259,10 @@ class Agent:
                     yield (*place, record.generation, record.nbytes, record.checksum)
 
     def _obey(self, order: Command) -> None:
-        if isinstance(order, (Finish, Retire)):
+        if isinstance(order, Finish):
+            self._cluster.send(Finish("", order.state, order.reason))  # the coordinator's own word may not arrive
+            self._over = True
+        elif isinstance(order, Retire):
             self._over = True
         elif isinstance(order, RestartWorker):
             self._start_worker()
@@ -285,7 +293,7 @@ class Agent:
 
     def _start_worker(self) -> None:
         self._ready = None
-        self._last_words = ""
+        self._last_words, self._final = "", False
         self._stopped_since = 0.0
         self._training.state = "building"
         self._worker_starts += 1
@@ -323,7 +331,7 @@ class Agent:
 
     def _lose_worker(self, reason: str) -> None:
         self._training.state, self._training.reason = "lost", reason
-        self._tell(WorkerLost(self._node, reason))
+        self._tell(WorkerLost(self._node, reason, self._final))
 
     def _greet(self, hello: Hello) -> None:
         if hello.role == "host":
@@ -342,7 +350,7 @@ class Agent:
             self._make_arena(message.snapshot_bytes)
             return
         if isinstance(message, WorkerLost):
-            self._last_words = message.reason  # it is about to exit: the coordinator hears of it then
+            self._last_words, self._final = message.reason, message.final  # the coordinator hears of it when it exits
             return
         if isinstance(message, HostReady):
             self._host = message
@@ -384,9 +392,6 @@ class Agent:
         """Allocate and touch the arena in a thread: it may take seconds, and the heart must go on beating."""
         geometry = Geometry(self._run.protect.replicas, snapshot_bytes)
         if self._arena is not None:
-            if not self._arena.path.exists():  # somebody removed it: what it holds can be reached by nobody new
-                self._events.emit("run", state="stopped", reason=f"{self._arena.path} is gone")
-                self._over = True
             if self._arena.geometry != geometry:
                 self._arena_failure = "its snapshots have another size than before"
             return

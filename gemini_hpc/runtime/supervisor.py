@@ -57,6 +57,7 @@ class Supervisor:
         self._up: dict[str, NodeUp] = {}
         self._exited: dict[str, NodeExited] = {}
         self._return_at: dict[str, float] = {}  # when a lost node comes back
+        self._voters = set(self._nodes)  # have never been lost
         self._leader = ""
         self._term = 0
         self._world: subprocess.Popen[bytes] | None = None
@@ -72,7 +73,7 @@ class Supervisor:
             ended = self._ended_agents()  # before their last words are read
             while (received := self._server.receive()) is not None:
                 sender, message = received
-                if isinstance(message, Finish) and sender == self._leader:
+                if isinstance(message, Finish) and sender in self._up:  # from the coordinator, or passed on by another
                     return message.state, message.reason
                 self._handle(sender, message)
             self._watch_world()
@@ -81,8 +82,8 @@ class Supervisor:
             for node in [node for node, due in self._return_at.items() if time.monotonic() >= due]:
                 del self._return_at[node]
                 self._start_agent(node, returned=True)
-            if not self._agents:
-                return "failed", "no node is left; go on from the newest checkpoint with --resume"
+            if not self._voters:  # nodes that came back cannot coordinate
+                return "failed", "no node of the start is left; go on from the newest checkpoint with --resume"
 
     def close(self) -> None:
         """End what still runs: agents get a moment to leave, the rest gets none."""
@@ -105,6 +106,7 @@ class Supervisor:
     def _lose(self, node: str) -> None:
         """Tell everybody that a node is gone. The kernel killed its other processes with its agent."""
         self._up.pop(node, None)
+        self._voters.discard(node)
         self._exited[node] = NodeExited(node, "its agent is gone")
         self._tell_all(self._exited[node])
         if self._run.cluster.return_s is not None:

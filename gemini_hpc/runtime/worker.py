@@ -35,7 +35,7 @@ from gemini_hpc.engine import builder, reset  # noqa: E402
 from gemini_hpc.engine.elastic import ElasticWorld, is_peer_failure  # noqa: E402
 from gemini_hpc.engine.generators import start_generators  # noqa: E402
 from gemini_hpc.engine.training import not_finite, train_step  # noqa: E402
-from gemini_hpc.errors import GeminiError  # noqa: E402
+from gemini_hpc.errors import GeminiError, UserError  # noqa: E402
 from gemini_hpc.runtime.channel import Channel  # noqa: E402
 from gemini_hpc.runtime.children import PARENT  # noqa: E402
 from gemini_hpc.runtime.drills import Drills  # noqa: E402
@@ -53,6 +53,10 @@ NICENESS = 5
 
 class NotFinite(GeminiError):
     """A loss or a gradient is NaN or infinite: the step must not count."""
+
+
+class Diverges(GeminiError):
+    """A number was not finite again when the step was repeated."""
 
 
 class OthersNotFinite(GeminiError):
@@ -217,7 +221,7 @@ class Worker:
             return
         where = f"{what} in step {step} (rank {join.rank})"
         if self._was_before(step, join.generation):
-            raise NotFinite(f"the training diverges: {where}, and again when the step was repeated; {ALLOW_NAN}")
+            raise Diverges(f"the training diverges: {where}, and again when the step was repeated; {ALLOW_NAN}")
         if isfinite(loss):
             raise OthersNotFinite(where)
         raise NotFinite(f"{where}; the step is taken back")
@@ -295,7 +299,8 @@ def main() -> None:
     try:
         Worker(paths, run, node, channel).serve()
     except BaseException as error:  # noqa: BLE001  the outermost loop
-        channel.send(WorkerLost(node, f"{_in_a_line(error)}; see {paths.logs}/worker-{node}.log"))
+        words = f"{_in_a_line(error)}; see {paths.logs}/worker-{node}.log"
+        channel.send(WorkerLost(node, words, isinstance(error, (Diverges, UserError))))
         traceback.print_exc()
         os._exit(1)  # no interpreter shutdown: threads of gloo may hang in it
 

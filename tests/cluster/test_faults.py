@@ -225,7 +225,7 @@ def add_to(training):
 
 
 def test_a_training_that_diverges_is_stopped(tmp_path: Path, matrix: Matrix) -> None:
-    with start(tmp_path, "protect.strict=true", "recovery.max_restarts=1", trouble=ALWAYS_NAN, spares=0) as run:
+    with start(tmp_path, "protect.strict=true", trouble=ALWAYS_NAN) as run:
         run.wait_for_end(1)
         (first, *_) = run.events("evict")
         assert "the loss is nan in step 10 (rank 1); the step is taken back" in first["reason"]
@@ -438,7 +438,7 @@ def test_another_node_is_lost_in_the_middle_of_a_recovery(
 
 def test_a_bit_of_a_nodes_own_snapshot_flips(tmp_path: Path, matrix: Matrix, references: References) -> None:
     """Found when the snapshot is restored; the copy of the partner is used."""
-    with start(tmp_path, "recovery.max_restarts=1") as run:
+    with start(tmp_path) as run:
         run.wait_for_training(step=4)
         stop_with_all_sealed(run, "node1")
         faults.corrupt(run.paths, "node1")

@@ -231,7 +231,7 @@ def test_numbers_that_no_record_can_hold_are_refused(wrong: int) -> None:
 def test_text_that_cannot_be_written_out(text: str) -> None:
     """As a name it is refused; as the reason of an error, which may quote any file's name, it arrives readable."""
     with pytest.raises(MessageError, match="no text"):
-        decode(json.dumps({"kind": "WorkerLost", "node": text, "reason": ""}).encode())
-    message = decode(messages.WorkerLost("n0", f"no file {text}").encode())
+        decode(json.dumps({"kind": "WorkerLost", "node": text, "reason": "", "final": False}).encode())
+    message = decode(messages.WorkerLost("n0", f"no file {text}", False).encode())
     assert isinstance(message, messages.WorkerLost)
     assert message.reason == repr(f"no file {text}")

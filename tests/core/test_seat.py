@@ -105,7 +105,7 @@ def test_what_comes_while_there_is_no_majority_is_decided_when_there_is_one_agai
         table.now = round(table.now + 0.05, 6)
         table.carry_out("n0", seat.tick(table.now))
     before, table.orders = seat.cluster, []
-    table.hear("n0", m.WorkerLost("n1", "killed"))
+    table.hear("n0", m.WorkerLost("n1", "killed", False))
     table.carry_out("n0", seat.tick(table.now))
     assert table.orders == []
     assert seat.cluster is before
@@ -128,7 +128,7 @@ def test_a_deposed_leader_forgets_what_it_knew() -> None:
     assert seat.cluster is None
     assert seat.leader == "n1"
     table.orders.clear()
-    table.hear("n0", m.WorkerLost("n1", "killed"))
+    table.hear("n0", m.WorkerLost("n1", "killed", False))
     assert table.orders == []
 
 

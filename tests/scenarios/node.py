@@ -386,7 +386,7 @@ class Node:
         """The worker dies; the agent sees that at once."""
         if self.worker is not None and self.worker.alive:
             self.worker.alive = False
-            self.from_child(m.WorkerLost(self.name, reason))
+            self.from_child(m.WorkerLost(self.name, reason, False))
 
     def end_host(self, told: bool = True) -> None:
         """The window host ends; its line to the agent does, too."""

@@ -366,6 +366,33 @@ def test_generations_without_a_single_step_end_the_run() -> None:
     assert cluster.cluster.generation == 4
 
 
+def test_steps_that_are_only_done_again_end_the_run() -> None:
+    """A worker fails in step 8 every time; that step 7 is done each time brings the run no further."""
+    cluster = Simulation(rules(max_fruitless=3, max_restarts=9, total_steps=200))
+    cluster.step_s = 1.0
+    lost = 0
+    while not cluster.over() and lost < 20:
+        cluster.run(lambda c: c.over() or (c.running() and c.reached(7)))
+        if not cluster.over():
+            assert not cluster.reached(8)
+            lost += 1
+            cluster.kill_worker("n1")
+            cluster.run(lambda c: c.over() or not c.running())
+    assert cluster.cluster.outcome == "stopped"
+    assert lost == 5  # the first generation came further, and four did not
+
+
+def test_a_worker_that_could_not_be_helped_by_another_stops_the_run() -> None:
+    """Its training diverges: what is safe is saved, and nobody tries again."""
+    cluster = started()
+    cluster.run(lambda c: c.cluster.safe_step >= 2)
+    cluster.tell(m.WorkerLost("n1", "the training diverges", True))
+    cluster.run(Simulation.over)
+    assert cluster.cluster.outcome == "stopped" and "diverges" in cluster.cluster.stopping
+    assert cluster.cluster.published is not None and cluster.cluster.published.step >= 2
+    assert not cluster.ordered(m.RestartWorker)
+
+
 def test_a_worker_that_does_not_leave_is_restarted() -> None:
     cluster = started()
     cluster.nodes["n0"].worker.stuck = True
@@ -404,7 +431,7 @@ def test_messages_of_an_old_generation_and_of_strangers_change_nothing() -> None
             if getattr(before, name) != getattr(cluster.cluster, name) and name not in ("members", "last_turn")
         }
         assert (changed, commands) == (set(), []), event
-    for event in (m.WorkerLost("n2", "late"), m.Heartbeat("stranger", 0.0), m.NodeExited("n2", "twice")):
+    for event in (m.WorkerLost("n2", "late", False), m.Heartbeat("stranger", 0.0), m.NodeExited("n2", "twice")):
         before = cluster.cluster
         assert cluster.take(event) == ()
         assert replace(cluster.cluster, last_turn=before.last_turn) == before
@@ -412,7 +439,7 @@ def test_messages_of_an_old_generation_and_of_strangers_change_nothing() -> None
 
 def test_nothing_is_said_after_the_end() -> None:
     state = finish(Simulation()).cluster
-    for event in (m.NodeExited("n0", "gone"), m.Tick(""), m.WorkerLost("n1", "gone")):
+    for event in (m.NodeExited("n0", "gone"), m.Tick(""), m.WorkerLost("n1", "gone", False)):
         assert step(state, 1e6, event) == (state, [])
 
 

@@ -98,7 +98,7 @@ def test_a_deposed_coordinator_changes_nothing_any_more() -> None:
     cluster.run(lambda c: c.leader is not None and c.leader.name == "n1")
     cluster.run(lambda c: not old.paused)
     before = len(cluster.orders)
-    for event in (m.NodeExited("n3", "it says"), m.WorkerLost("n2", "it says"), m.Tick("")):
+    for event in (m.NodeExited("n3", "it says"), m.WorkerLost("n2", "it says", False), m.Tick("")):
         old.decide(event)
     assert cluster.orders[before:] == []
     cluster.run(lambda c: old.seat.leader == "n1")

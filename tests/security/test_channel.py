@@ -94,8 +94,8 @@ def test_nonsense_ends_its_own_line_and_nothing_else(household: Household, paths
         line.send(NONSENSE[what])
         assert said(household) == []
         assert hung_up(line)
-    worker.send(WorkerLost("node0", "still here"))
-    assert said(household) == [("worker", WorkerLost("node0", "still here"))]
+    worker.send(WorkerLost("node0", "still here", False))
+    assert said(household) == [("worker", WorkerLost("node0", "still here", False))]
     household.send("worker", Parked("node0", 1, ""))
     assert worker.receive() == Parked("node0", 1, "")
     worker.close()
@@ -129,7 +129,7 @@ def pair() -> tuple[Channel, Channel]:
 
 
 def full(nbytes: int) -> WorkerLost:
-    return WorkerLost("node0", "x" * (nbytes - len(WorkerLost("node0", "").encode())))
+    return WorkerLost("node0", "x" * (nbytes - len(WorkerLost("node0", "", False).encode())), False)
 
 
 def test_the_longest_message_arrives_and_a_longer_one_is_not_sent() -> None:

@@ -16,12 +16,12 @@ BOUND_BYTES = 96 * MAX_MESSAGE_BYTES
 """An empty list is 3 bytes of JSON and 64 of memory: no parser of JSON into objects is cheaper."""
 
 SAMPLES = [
-    messages.Heartbeat("node1"),
+    messages.Heartbeat("node1", 1.5),
     Stepped("node1", 1, 0, 7, 0.5, 3.0, -1.0),
     messages.StartWorld("", 1, ("node0", "node1")),
-    messages.Gone("node1", (1, 2)),
+    messages.Gone("node1", 1, (1, 2)),
     messages.Publish("node1", 3, 40, {"0": ["rank-0000.h5", 100, 2**64 - 1]}),
-    messages.Pull("node1", 3, 0, 7, "node0", 1, 0, 1, 1, 0, 5000, 2**63, 5.0),
+    messages.Pull("node1", 3, 3, 0, 7, "node0", 1, 1, 0, 1, 1, 0, 5000, 2**63, 5.0),
     Note("", "plan", {"moves": [{"rank": 0, "node": "node1", "tier": None}], "x": 1.5}),
     messages.Published("node1", 40, "checkpoints/step-00000040", True, ""),
 ]

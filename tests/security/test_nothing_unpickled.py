@@ -140,7 +140,7 @@ else:
     raise SystemExit("objects were read")
 (folder / "config.yaml").write_text(dump(load_run(site="local")))
 read_run(folder)
-assert decode(Heartbeat("a").encode()) == Heartbeat("a")
+assert decode(Heartbeat("a", 1.5).encode()) == Heartbeat("a", 1.5)
 print("done")
 """
 

@@ -49,6 +49,7 @@ STATUS = {
     "state": "running",
     "step": 3,
     "total_steps": 9,
+    "coordinator": "node0",
     "generation": 1,
     "safe_step": 2,
     "persistent_step": -1,

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:[Uu]nclosed:ResourceWarning")
 
 SOON_S = 5.0
 QUIET_S = 0.3
-HELLO = Heartbeat("node1")
+HELLO = Heartbeat("node1", 1.5)
 
 GREETING = b"\xff" + bytes(8) + b"\x7f"
 """How every ZMTP 3 connection begins: the signature; then version, mechanism, as-server, filler."""
@@ -352,7 +352,7 @@ NONSENSE: dict[str, list[bytes]] = {
     "two frames": [HELLO.encode(), HELLO.encode()],
     "an empty frame first": [b"", HELLO.encode()],
     "a thousand frames": [HELLO.encode()] * 1000,
-    "longer than allowed": [b" " * (MAX_MESSAGE_BYTES - 10) + HELLO.encode()],
+    "longer than allowed": [HELLO.encode().rjust(MAX_MESSAGE_BYTES + 1)],
 }
 
 
