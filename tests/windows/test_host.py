@@ -67,7 +67,7 @@ def test_a_partner_killed_in_mid_pull_costs_only_that_pull(arenas: Arenas, start
     world.pull(1, 0)
     until(lambda: world.arenas[1].record(1, 0).state is State.WRITING)
     world.kill(0)
-    world.send(1, "Gone", targets=[0])
+    world.send(1, "Gone", world=world.number, targets=[0])
     assert world.pulled(1)["reason"] == "gone"
     assert world.arenas[1].record(1, 0) == Record()
     assert world.pull_now(1, 0)["reason"] == "gone"
@@ -84,7 +84,7 @@ def test_an_abandoned_read_that_completes_later_changes_nothing(arenas: Arenas, 
     world.pull(1, 0, deadline_s=0.2 if reason == "deadline" else 20.0)
     until(lambda: world.arenas[1].record(1, 0).state is State.WRITING)
     if reason == "gone":
-        world.send(1, "Gone", targets=[0])
+        world.send(1, "Gone", world=world.number, targets=[0])
     assert world.pulled(1)["reason"] == reason
     assert world.pull_now(1, 2)["ok"]
     world.resume(0)  # it answers the abandoned read first, then the next one

@@ -81,6 +81,7 @@ class World:
         record = self.arenas[source].record(OWN, 0)
         order = {
             "source": f"node{source}",
+            "world": self.number,
             "target": source,
             "source_area": OWN,
             "source_half": 0,
@@ -88,7 +89,8 @@ class World:
             "half": 0,
             "rank": record.rank,
             "step": record.step,
-            "generation": record.generation,
+            "generation": record.generation + 1,  # of the order; the replica keeps that of the snapshot
+            "origin": record.generation,
             "nbytes": record.nbytes,
             "checksum": record.checksum,
             "deadline_s": float(deadline_s),
