@@ -20,7 +20,7 @@ help: ## this list
 run: .venv/.ready ## the main job: train, lose a node, go on (python -m gemini_hpc.submit)
 	@exec $(PY) -m gemini_hpc.submit $(ARGS)
 
-test: .venv/.ready ## all tests
+test: .venv/.ready ## all tests but the long rows of the fault matrix
 	@exec $(PY) -m pytest $(ARGS)
 
 SEEDS ?= 0:100000
