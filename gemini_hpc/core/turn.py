@@ -184,6 +184,8 @@ class Turn:
 
     def save_and_stop(self, reason: str) -> None:
         """The run cannot go on: save the newest complete step first, so that nothing is lost."""
+        if self.cluster.phase is Phase.SAVING:
+            return  # for the reason that came first
         newest, origin = newest_complete(self.cluster.copies, self.cluster.rules.world_size)
         wanted = newest > self.published_step()
         self.set(copies=of_one_history(self.cluster.copies, newest, origin))

@@ -80,7 +80,7 @@ ORDERS_FOR = {
 }
 
 
-class Training:
+class WorkerRecord:
     """What this agent knows of its worker; all of it goes into the inventory for a new coordinator."""
 
     def __init__(self) -> None:
@@ -106,7 +106,7 @@ class Agent:
         self._household = Household(paths, node, self._poller)
         paths.arena(node).unlink(missing_ok=True)  # of this node's life before, if it had one
         self._arena: Arena | None = None
-        self._training = Training()
+        self._worker = WorkerRecord()
         self._ready: WorkerReady | None = None  # a worker that waits for its arena
         self._making_arena: threading.Thread | None = None
         self._arena_failure = ""
@@ -231,17 +231,17 @@ class Agent:
         if self._informed == (election.leader, election.term):
             return
         self._informed = (election.leader, election.term)
-        training, host = self._training, self._host
+        worker, host = self._worker, self._host
         self._tell(
             Inventory(
                 self._node,
-                training.state,
-                training.reason,
-                training.generation,
-                training.rank,
-                training.ready.built_rank if training.ready else -1,
-                training.store,
-                self._arena.geometry.snapshot_bytes if self._arena and training.ready else 0,
+                worker.state,
+                worker.reason,
+                worker.generation,
+                worker.rank,
+                worker.ready.built_rank if worker.ready else -1,
+                worker.store,
+                self._arena.geometry.snapshot_bytes if self._arena and worker.ready else 0,
                 host.world if host else 0,
                 host.members if host else (),
                 host is not None and host.world == self._host_world,
@@ -267,17 +267,17 @@ class Agent:
         elif isinstance(order, RestartWorker):
             self._start_worker()
         elif isinstance(order, Safe):
-            if self._arena is not None and order.generation == self._training.generation:
+            if self._arena is not None and order.generation == self._worker.generation:
                 self._arena.safe_step = order.step
         elif isinstance(order, (Pull, Gone)):
             if order.world == self._host_world:  # else of a world that is no more
                 self._household.send("host", order)
         else:
             if isinstance(order, Join):
-                if order.generation <= self._training.generation:
+                if order.generation <= self._worker.generation:
                     return  # of the past
-                self._training.state = "busy"
-                self._training.generation, self._training.rank = order.generation, order.rank
+                self._worker.state = "busy"
+                self._worker.generation, self._worker.rank = order.generation, order.rank
                 if self._arena is not None:
                     # perhaps back behind the safe step of before: nothing is safe until the coordinator says so again
                     self._arena.safe_step = FRESH
@@ -295,7 +295,7 @@ class Agent:
         self._ready = None
         self._last_words, self._final = "", False
         self._stopped_since = 0.0
-        self._training.state = "building"
+        self._worker.state = "building"
         self._worker_starts += 1
         self._household.start(
             "worker",
@@ -330,7 +330,7 @@ class Agent:
                 self._hear(news)
 
     def _lose_worker(self, reason: str) -> None:
-        self._training.state, self._training.reason = "lost", reason
+        self._worker.state, self._worker.reason = "lost", reason
         self._tell(WorkerLost(self._node, reason, self._final))
 
     def _greet(self, hello: Hello) -> None:
@@ -356,7 +356,7 @@ class Agent:
             self._host = message
             self._remind_host()
         elif isinstance(message, Parked):
-            self._training.state, self._training.store = "idle", message.store
+            self._worker.state, self._worker.store = "idle", message.store
         elif isinstance(message, (Persisted, Published)) or (isinstance(message, Copied) and self._is_load(message)):
             self._archiving = [(time.monotonic(), order) for _, order in self._archiving[1:]]
         elif isinstance(message, Stepped):
@@ -417,7 +417,7 @@ class Agent:
             return
         assert self._arena is not None
         self._log_memory(self._arena)
-        self._training.state, self._training.ready, self._training.store = "idle", ready, ready.store
+        self._worker.state, self._worker.ready, self._worker.store = "idle", ready, ready.store
         self._tell(ready)
 
     def _log_memory(self, arena: Arena) -> None:

@@ -147,7 +147,7 @@ def test_back_behind_the_safe_step_nothing_is_overwritten_too_early(tmp_path: Pa
     arena = Arena.create(tmp_path / "arena", Geometry(2, 4096), "test")
     agent = Agent.__new__(Agent)
     agent._arena = arena
-    agent._training = SimpleNamespace(generation=1)
+    agent._worker = SimpleNamespace(generation=1)
     agent._household = SimpleNamespace(send=lambda *order: True)
     agent._obey(m.Safe("n0", 1, 50))
     arena.write_record(OWN, 0, Record(State.SEALED, 0, 40, 2, 4096))

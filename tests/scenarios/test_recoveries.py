@@ -386,8 +386,10 @@ def test_a_worker_that_could_not_be_helped_by_another_stops_the_run() -> None:
     """Its training diverges: what is safe is saved, and nobody tries again."""
     cluster = started()
     cluster.run(lambda c: c.cluster.safe_step >= 2)
-    cluster.tell(m.WorkerLost("n1", "the training diverges", True))
+    for name in ("n1", "n2"):  # every rank may say so; nothing is saved twice
+        cluster.tell(m.WorkerLost(name, "the training diverges", True))
     cluster.run(Simulation.over)
+    assert len(cluster.ordered(m.Persist)) == cluster.rules.world_size
     assert cluster.cluster.outcome == "stopped" and "diverges" in cluster.cluster.stopping
     assert cluster.cluster.published is not None and cluster.cluster.published.step >= 2
     assert not cluster.ordered(m.RestartWorker)
