@@ -1,9 +1,10 @@
 """How long training stands still for a snapshot, beside a plain copy of the same bytes into the same memory.
 
-One worker's engine (rank 0 of 4 over the fake group) is built for GPT-2 of several sizes, in the environment of a
-worker; then a snapshot and a plain copy (one memmove of as many bytes) take turns, so that both see the same machine,
-each after other memory was written, as after a training step. Who goes first alternates.
-`python benchmarks/snapshot.py` writes benchmarks/results/snapshot.json.
+Two ranks in a real group, each the engine of GPT-2 of several sizes (as rank 0 or 1 of 4), in the environment of a
+worker. In every turn they do what a step ends with, in one of three ways, after other memory was written as a training
+step does: vote alone; vote, then snapshot, whose small parts are gathered while the votes are on their way; vote, then
+copy as many bytes by one memmove. A snapshot's time is what its turn takes longer than the vote's does; its ratio is to
+the copy alone. `python benchmarks/snapshot.py` writes benchmarks/results/snapshot.json.
 """
 
 import json
@@ -15,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -23,14 +23,16 @@ from gemini_hpc.arena import COPY_TUNING, OWN, Arena, Geometry, Record, State
 from gemini_hpc.config import load_run
 
 WORLD_SIZE = 4
+MEASURED = 2  # of its ranks: one a core
 SIZES = ((192, 4), (320, 4), (768, 12), (1536, 12))  # hidden, layers; the first is the preset `small`
 CACHE_BYTES = 64 << 20  # many times the second-level cache; the third level is shared with other machines
 RUNS = 3
-PAIRS = 15
+WARM_UP = 2
+TURNS = 25
 
 
-def measure(hidden: int, layers: int) -> dict[str, float]:
-    """One run in this process: medians over PAIRS of the snapshot's and the copy's seconds."""
+def measure(rank: int, hidden: int, layers: int) -> dict[str, float]:
+    """One run in this process: medians over TURNS of the seconds that each way takes."""
     from gemini_hpc.engine import builder
     from gemini_hpc.engine.elastic import ElasticWorld
     from gemini_hpc.models import job
@@ -39,38 +41,60 @@ def measure(hidden: int, layers: int) -> dict[str, float]:
     shape = ModelShape("gpt2", hidden, 4 * hidden, layers, heads=4, vocab=256, seq_len=128)
     job.model_shape = lambda *_: shape
     builder.prepare(threads=1)
-    ElasticWorld(0, WORLD_SIZE, "127.0.0.1", timeout_s=60)
+    world = ElasticWorld(rank, WORLD_SIZE, "127.0.0.1", timeout_s=120)
     run = load_run(overrides=["data.source=synthetic", "drills=[]"], site="local")
-    built = builder.build(job.build, run, rank=0)
+    built = builder.build(job.build, run, rank)
+    world.size = MEASURED  # the engine is one of four; only these two vote
+    world.join(1, rank, _meeting_point(world, rank))
+    nbytes = built.shard.nbytes
     with tempfile.TemporaryDirectory(dir=run.site.shm_dir) as folder:
-        arena = Arena.create(Path(folder, "arena"), Geometry(1, built.shard.nbytes), "benchmark")
+        arena = Arena.create(Path(folder, "arena"), Geometry(1, nbytes), "benchmark")
         others = np.zeros(CACHE_BYTES, np.uint8)
-        source = np.random.default_rng(0).integers(0, 255, built.shard.nbytes, np.uint8)
+        source = np.random.default_rng(0).integers(0, 255, nbytes, np.uint8)
 
-        def snapshot(turn: int, half: int) -> None:
-            arena.write_record(OWN, half, Record(State.WRITING, 0, turn, 1))
-            built.shard.capture(arena.payload(OWN, half), turn)
-            arena.write_record(OWN, half, Record(State.WRITTEN, 0, turn, 1, built.shard.nbytes))
+        def vote(_turn: int) -> float:
+            start = time.perf_counter()
+            world.vote(True)()
+            return time.perf_counter() - start
 
-        def copy(_turn: int, half: int) -> None:
-            np.copyto(np.frombuffer(arena.payload(OWN, half), np.uint8), source)
+        def snapshot(turn: int) -> float:
+            start = time.perf_counter()
+            outcome = world.vote(True)
+            moment = built.shard.gather(turn, 1.0)
+            outcome()
+            arena.write_record(OWN, turn % 2, Record(State.WRITING, rank, turn, 1))
+            built.shard.capture(arena.payload(OWN, turn % 2), moment)
+            arena.write_record(OWN, turn % 2, Record(State.WRITTEN, rank, turn, 1, nbytes))
+            return time.perf_counter() - start
 
-        seconds: dict[Callable[[int, int], None], list[float]] = {snapshot: [], copy: []}
-        for turn in range(PAIRS + 2):
-            order = (snapshot, copy) if turn % 2 else (copy, snapshot)
-            for half, action in enumerate(order):
+        def copy(turn: int) -> float:
+            world.vote(True)()
+            start = time.perf_counter()
+            np.copyto(np.frombuffer(arena.payload(OWN, turn % 2), np.uint8), source)
+            return time.perf_counter() - start
+
+        seconds: dict[Callable[[int], float], list[float]] = {vote: [], snapshot: [], copy: []}
+        for turn in range(WARM_UP + TURNS):
+            for way in seconds:
                 others += 1
-                start = time.perf_counter()
-                action(turn, half)
-                seconds[action].append(time.perf_counter() - start)
-    snapshots, copies = seconds[snapshot], seconds[copy]
-    snapshot_s, copy_s = statistics.median(snapshots[2:]), statistics.median(copies[2:])
-    return {
-        "bytes": built.shard.nbytes,
-        "snapshot_s": snapshot_s,
-        "copy_s": copy_s,
-        "ratio": statistics.median(a / b for a, b in zip(snapshots[2:], copies[2:], strict=True)),
-    }
+                world.vote(True)()  # both begin at the same moment
+                seconds[way].append(way(turn))
+    vote_s, with_vote_s, copy_s = (statistics.median(taken[WARM_UP:]) for taken in seconds.values())
+    snapshot_s = with_vote_s - vote_s
+    return {"bytes": nbytes, "vote_s": vote_s, "snapshot_s": snapshot_s, "copy_s": copy_s, "ratio": snapshot_s / copy_s}
+
+
+def _meeting_point(world: "object", rank: int) -> str:
+    """Rank 0 opens a store and tells the other through a file; return its address."""
+    place = Path(os.environ["MEETING_POINT"])
+    if rank == 0:
+        global store  # it must outlive the group
+        store, address = world.new_store()  # type: ignore[attr-defined]
+        place.with_suffix(".tmp").write_text(address)
+        place.with_suffix(".tmp").rename(place)
+    while not place.exists():
+        time.sleep(0.01)
+    return place.read_text()
 
 
 def main() -> None:
@@ -79,15 +103,15 @@ def main() -> None:
         os._exit(0)
     results = []
     for hidden, layers in SIZES:
-        runs = [_in_a_process(hidden, layers) for _ in range(RUNS)]
+        runs = [_in_processes(hidden, layers) for _ in range(RUNS)]
+        medians = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
         ratios = [run["ratio"] for run in runs]
-        summary = SimpleNamespace(bytes=runs[0]["bytes"], ratio=statistics.median(ratios))
         print(
-            f"{summary.bytes / 1e6:8.1f} MB  snapshot {statistics.median(r['snapshot_s'] for r in runs) * 1e3:7.2f} ms"
-            f"  copy {statistics.median(r['copy_s'] for r in runs) * 1e3:7.2f} ms"
-            f"  ratio {summary.ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            f"{medians['bytes'] / 1e6:8.1f} MB  vote {medians['vote_s'] * 1e3:5.2f} ms"
+            f"  snapshot {medians['snapshot_s'] * 1e3:7.2f} ms  copy {medians['copy_s'] * 1e3:7.2f} ms"
+            f"  ratio {medians['ratio']:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         )
-        results.append({"hidden": hidden, "layers": layers, **vars(summary), "runs": runs})
+        results.append({"hidden": hidden, "layers": layers, **medians, "runs": runs})
     target = Path(__file__).parent / "results" / "snapshot.json"
     target.write_text(
         json.dumps({"world_size": WORLD_SIZE, "cores": os.cpu_count(), "sizes": results}, indent=1) + "\n"
@@ -95,12 +119,24 @@ def main() -> None:
     print(f"written to {target}")
 
 
-def _in_a_process(hidden: int, layers: int) -> dict[str, float]:
-    command = [sys.executable, __file__, str(hidden), str(layers)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, **COPY_TUNING})
-    if done.returncode:
-        sys.exit(done.stderr[-2000:])
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+def _in_processes(hidden: int, layers: int) -> dict[str, float]:
+    """Start one process a rank; return what rank 0 measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, **COPY_TUNING, "MEETING_POINT": f"{folder}/store"}
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, __file__, str(rank), str(hidden), str(layers)],
+                env=environment,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            for rank in range(MEASURED)
+        ]
+        outputs = [rank.communicate(timeout=600) for rank in ranks]
+    if any(rank.returncode for rank in ranks):
+        sys.exit("\n".join(errors[-2000:] for _, errors in outputs))
+    found: dict[str, float] = json.loads(outputs[0][0].splitlines()[-1])
     return found
 
 

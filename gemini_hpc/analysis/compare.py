@@ -32,7 +32,7 @@ class Comparison:
     bits.
 
     `first_difference` is the one at the lowest step. `missing` are the (rank, step) of the reference that
-    were never logged: an agent that dies with its node may take the last line with it. `unknown` are those
+    were never logged: an agent that dies may take its last lines with it. `unknown` are those
     that the reference does not have.
     """
 
@@ -69,11 +69,11 @@ class Comparison:
 def compare(losses: Iterable[Mapping[str, Any]], reference: Iterable[Mapping[str, Any]]) -> Comparison:
     """Compare `losses` with those of the undisturbed `reference`; both are mappings with rank, step and loss.
 
-    `losses` may be all events of a run: those of another kind than step are passed over. They may name a
-    (rank, step) several times: a replayed step has to come to the same loss again.
+    `losses` may be all events of a run: those that tell no loss are passed over. They may name a (rank, step) several
+    times: a replayed step has to come to the same loss again, and a snapshot that is restored tells its step's.
     """
     expected = {_key(line): float(line["loss"]) for line in reference}
-    logged = [event for event in losses if event.get("kind", "step") == "step"]
+    logged = [event for event in losses if tells_loss(event)]
     seen = {_key(event) for event in logged}
     compared = equal = 0
     differences = []
@@ -91,6 +91,11 @@ def compare(losses: Iterable[Mapping[str, Any]], reference: Iterable[Mapping[str
     return Comparison(
         compared, equal, first, tuple(sorted(expected.keys() - seen)), tuple(sorted(seen - expected.keys()))
     )
+
+
+def tells_loss(event: Mapping[str, Any]) -> bool:
+    """Whether an event of a run names the loss of a step: by having done it, or having restored it (but the first)."""
+    return event.get("kind", "step") in ("step", "resumed") and event.get("loss") is not None
 
 
 def read_reference(run_dir: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 
 from gemini_hpc.analysis import timeline
+from gemini_hpc.analysis.compare import tells_loss
 
 Event = Mapping[str, Any]
 
@@ -31,9 +32,12 @@ _REFERENCE = {"rank": "int64", "step": "int64", "loss": "float64"}
 def steps(events: Iterable[Event]) -> pd.DataFrame:
     """One row per step of a rank, in order of time; a replayed step has a row for each time it was done.
 
-    Times in seconds; `snapshot_s` is NaN where no snapshot was taken.
+    Times in seconds; `snapshot_s` is NaN where no snapshot was taken, and `step_s` too where the step is known only
+    from the snapshot that was restored, since who did it died before it was logged.
     """
-    return _frame((e for e in events if e["kind"] == "step"), _STEPS)
+    told = [e for e in events if tells_loss(e)]
+    logged = {(e["rank"], e["step"]) for e in told if e["kind"] == "step"}
+    return _frame((e for e in told if e["kind"] == "step" or (e["rank"], e["step"]) not in logged), _STEPS)
 
 
 def final_steps(frame: pd.DataFrame) -> pd.DataFrame:

@@ -1,7 +1,15 @@
 """A node's shared-memory file: where its own snapshots and its partners' replicas live."""
 
 from gemini_hpc.arena.arena import OWN, Arena, ArenaError, Geometry, Record, State
-from gemini_hpc.arena.snapshot import COPY_TUNING, INDEX_BYTES, SnapshotIndex, TensorSpec, checksum, layout
+from gemini_hpc.arena.snapshot import (
+    COPY_TUNING,
+    INDEX_BYTES,
+    SnapshotIndex,
+    TensorSpec,
+    checksum,
+    layout,
+    write_index,
+)
 
 __all__ = [
     "COPY_TUNING",
@@ -16,4 +24,5 @@ __all__ = [
     "TensorSpec",
     "checksum",
     "layout",
+    "write_index",
 ]

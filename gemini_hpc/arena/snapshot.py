@@ -53,17 +53,19 @@ class SnapshotIndex:
     tensors: tuple[TensorSpec, ...]
     state: Mapping[str, Any]
 
-    def write(self, payload: memoryview) -> None:
-        """Write the index into the head of `payload`. Raises GeminiError when it is larger than INDEX_BYTES."""
-        # training stands still here: no deep copies by dataclasses.asdict, and the table, always the same, only once
+    def encode(self) -> bytes:
+        """Return the head of a payload, for `write_index`. Raises GeminiError when it is larger than INDEX_BYTES."""
+        # in every step: no deep copies by dataclasses.asdict, and the table, always the same, only once
         fields = {name: value for name, value in vars(self).items() if name != "tensors"}
         head = _ENCODER.encode({"format": 1, **fields})
         text = f'{head[:-1]},"tensors":{_table(self.tensors)}}}'.encode()
         if len(text) > len(_SPACES):
             raise GeminiError(f"the snapshot index needs {len(text)} bytes, {len(_SPACES)} are reserved")
-        end = _LENGTH.size + len(text)
-        payload[:end] = _LENGTH.pack(len(text)) + text
-        payload[end:INDEX_BYTES] = _SPACES[len(text) :]
+        return _LENGTH.pack(len(text)) + text
+
+    def write(self, payload: memoryview) -> None:
+        """Write it into the head of `payload`."""
+        write_index(payload, self.encode())
 
     @classmethod
     def read(cls, payload: memoryview) -> "SnapshotIndex":
@@ -81,6 +83,12 @@ class SnapshotIndex:
         except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise GeminiError(f"not a snapshot: {error}") from error
         return index
+
+
+def write_index(payload: memoryview, head: bytes) -> None:
+    """Write an encoded index, and the spaces after it, into the head of `payload`."""
+    payload[: len(head)] = head
+    payload[len(head) : INDEX_BYTES] = _SPACES[len(head) - _LENGTH.size :]
 
 
 def _check(index: SnapshotIndex, room: int) -> None:

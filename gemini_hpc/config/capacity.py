@@ -31,9 +31,6 @@ WORKER_BASE_BYTES = 512 << 20
 INDEX_BYTES = 64 << 10
 """The index at the head of a snapshot (arena/snapshot.py)."""
 
-GENERATOR_BYTES = 16 << 10
-"""The states of torch's, Python's and numpy's random generators (engine/capture.py)."""
-
 ALIGN_BYTES = 64
 """Tensors of a snapshot start at multiples of this."""
 
@@ -88,7 +85,7 @@ def partition_numel(shapes: Shapes, world_size: int) -> int:
 def snapshot_bytes(shapes: Shapes, world_size: int) -> int:
     """Return an upper bound of one rank's snapshot: index, fp32 master and Adam's moments, alignment."""
     gaps = ALIGN_BYTES * 3 * PARAM_GROUPS
-    return INDEX_BYTES + GENERATOR_BYTES + STATE_BYTES * partition_numel(shapes, world_size) + gaps
+    return INDEX_BYTES + STATE_BYTES * partition_numel(shapes, world_size) + gaps
 
 
 def arena_bytes(snapshot: int, replicas: int) -> int:

@@ -177,6 +177,7 @@ def _on_resumed(turn: Turn, event: Resumed) -> None:
         rank=event.rank,
         generation=event.generation,
         step=event.step,
+        loss=event.loss if event.step else None,
         rung=event.rung,
         group_s=event.group_s,
         reset_s=event.reset_s,

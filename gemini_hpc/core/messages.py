@@ -170,11 +170,16 @@ class Parked(Event):
 
 @dataclass(frozen=True)
 class Resumed(Event):
-    """The worker is in the group of `generation` with `step` restored; which rung it took, and how long."""
+    """The worker is in the group of `generation` with `step` restored; which rung it took, and how long.
+
+    `loss` is that of the step, as its snapshot says: whoever did the step may have died before anybody heard it. NaN:
+    it is the initial state.
+    """
 
     generation: int
     rank: int
     step: int
+    loss: float
     rung: str
     group_s: float
     reset_s: float

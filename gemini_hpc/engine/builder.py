@@ -20,7 +20,7 @@ from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401  imported l
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 from gemini_hpc.engine.capture import Shard
-from gemini_hpc.engine.generators import seed_generators
+from gemini_hpc.engine.generators import seed_model
 from gemini_hpc.engine.training import Training
 from gemini_hpc.errors import UserError
 
@@ -69,7 +69,7 @@ def build(entry: Entry, run: Any, rank: int) -> Built:
 
 def make_engine(entry: Entry, run: Any) -> tuple[Any, Training]:
     """Call the entry point and hand its model to DeepSpeed, in whatever group is the default (all its ranks)."""
-    seed_generators(run.train.seed)
+    seed_model(run.train.seed)
     training = entry(run)
     if not isinstance(training, Training):
         raise UserError(f"{run.train.entry} returned {type(training).__name__}; return a gemini_hpc.Training")

@@ -2,17 +2,18 @@
 
 What is copied is 12 bytes per parameter (the fp32 master copy and Adam's two moments) and the small state. The
 low-precision copy equals the master cast down, persistent parameters are gathered again, and gradients do not
-exist between steps, so none of them is stored (measured bit-exact, FACTS.md section 2).
+exist between steps, so none of them is stored (measured bit-exact, FACTS.md section 2). Nor are the states of random
+generators, which start anew in every step.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from gemini_hpc.arena import SnapshotIndex, TensorSpec, layout
-from gemini_hpc.engine.generators import Generators
+from gemini_hpc.arena import SnapshotIndex, TensorSpec, layout, write_index
 from gemini_hpc.engine.json_state import from_json, to_json
 from gemini_hpc.errors import UserError
 
@@ -31,6 +32,14 @@ _ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_st
 _PLAIN = (bool, int, float, str, type(None))
 
 
+@dataclass(frozen=True)
+class Moment:
+    """What a snapshot will consist of: the index, complete, and the tensors to copy, as they lie in the engine."""
+
+    index: bytes
+    tensors: list["np.ndarray[Any, Any]"]
+
+
 class Shard:
     """The tensors and the small state that make one rank of `engine`, and their places in a snapshot."""
 
@@ -47,9 +56,7 @@ class Shard:
         # constant, but partitioned: a spare that was built as another rank has another piece of them
         self._frozen = {n: p for n, p in engine.module.named_parameters() if id(p) not in trained}
         self._buffers = {name for name, _ in engine.module.named_buffers() if name in persistent}
-        self._generators = Generators()
-        states, _ = self._generators.capture()
-        tensors = self._tensors() | states
+        tensors = self._tensors()
         self.specs, self.nbytes = layout([(name, _DTYPES[t.dtype], tuple(t.shape)) for name, t in tensors.items()])
         self._small_state()  # what no snapshot can carry is refused here, before anything is trained
         self._known_places: dict[int, list[np.ndarray[Any, Any]]] = {}  # address of a payload -> its tensors
@@ -68,22 +75,28 @@ class Shard:
                 if padding > 0:
                     flat.data[end - min(padding, parameter.partition_numel()) : end] = 0.0
 
-    def capture(self, payload: memoryview, step: int) -> None:
-        """Copy the shard, as it is after `step` updates, into `payload` (at least `nbytes` long).
+    def gather(self, step: int, loss: float) -> Moment:
+        """Prepare the snapshot of the shard as it is after `step` updates, the last of which had `loss`.
+
+        Small things, whatever the size of the model: done while the ranks vote, when nobody can train.
+        """
+        tensors = self._tensors()
+        state = self._small_state() | {"loss": loss}
+        rank, world_size = self._engine.global_rank, self._zero.partition_count
+        index = SnapshotIndex(rank, step, world_size, self.nbytes, self.specs, state)
+        return Moment(index.encode(), [tensors[spec.name].detach().numpy() for spec in self.specs])
+
+    def capture(self, payload: memoryview, moment: Moment) -> None:
+        """Copy what was gathered into `payload` (at least `nbytes` long), before anything of it changes.
 
         Training stands still meanwhile; the cost is that of the memory copy. No collective.
         """
-        states, extras = self._generators.capture()
-        tensors = self._tensors() | states
-        for place, spec in zip(self._places(payload), self.specs, strict=True):
-            np.copyto(place, tensors[spec.name].detach().numpy())  # memmove: a third faster than torch's copy
-        state = self._small_state() | {"generators": extras}
-        SnapshotIndex(self._engine.global_rank, step, self._zero.partition_count, self.nbytes, self.specs, state).write(
-            payload
-        )
+        for place, tensor in zip(self._places(payload), moment.tensors, strict=True):
+            np.copyto(place, tensor)  # memmove: a third faster than torch's copy
+        write_index(payload, moment.index)
 
-    def restore(self, payload: memoryview) -> int:
-        """Put a snapshot back into the live engine (all ranks); return its step.
+    def restore(self, payload: memoryview) -> SnapshotIndex:
+        """Put a snapshot back into the live engine (all ranks); return its index.
 
         Collective at its end: persistent parameters are gathered again. Raises GeminiError when the payload is
         not a snapshot of this very shape.
@@ -93,8 +106,7 @@ class Shard:
             raise UserError("the snapshot is of another model or another number of ranks; check the configuration")
         zero = self._zero
         zero.checkpoint_event_prologue()
-        states, _ = Generators().capture()
-        tensors = self._tensors() | states
+        tensors = self._tensors()
         for spec in self.specs:
             tensors[spec.name].copy_(_view(payload, spec))
         for i, flat in enumerate(zero.fp32_partitioned_groups_flat):
@@ -105,8 +117,7 @@ class Shard:
         if zero.persistent_parameters:  # in one collective; checkpoint_event_epilogue has one for each of them
             zero.persistent_parameters[0].all_gather_coalesced(zero.persistent_parameters).wait()
         self._put_small_state(index.state)
-        Generators.restore(states, index.state["generators"])
-        return index.step
+        return index
 
     def _places(self, payload: memoryview) -> list["np.ndarray[Any, Any]"]:
         """Return the arrays in `payload` that the tensors are copied to; made once for each half."""

@@ -10,6 +10,7 @@ import socket
 import stat
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -177,11 +178,19 @@ class ElasticWorld:
             self._sockets = {}
         self._store = None
 
-    def agree(self, mine: bool) -> bool:
-        """Whether `mine` is true on every rank (all ranks). Raises RuntimeError when a peer is lost."""
+    def vote(self, mine: bool) -> Callable[[], bool]:
+        """Cast a vote (all ranks); what is returned waits for all of them, and says whether all are true.
+
+        It raises RuntimeError when a peer is lost.
+        """
         answer = torch.tensor([mine], dtype=torch.int32)
-        dist.all_reduce(answer, op=dist.ReduceOp.MIN)
-        return bool(answer.item())
+        work = dist.all_reduce(answer, op=dist.ReduceOp.MIN, async_op=True)
+
+        def outcome() -> bool:
+            work.wait()
+            return bool(answer.item())
+
+        return outcome
 
     def abort(self, generation: int) -> None:
         """End `generation` and all before it; from any thread but the joining one, even before `join`.

@@ -7,14 +7,17 @@ from typing import Any
 
 import torch
 
+from gemini_hpc.engine.generators import seed_step
+
 
 @dataclass(frozen=True)
 class Training:
     """A training effort, as a user describes it.
 
     An entry point `build(run) -> Training` (configuration key `train.entry`) is called in every worker, on spare
-    nodes too, and again when an engine is rebuilt. It must be deterministic: all randomness comes from torch's,
-    numpy's and Python's global generators, which are seeded with `train.seed` before the call.
+    nodes too, and again when an engine is rebuilt. It must be deterministic: all randomness, here and in the steps,
+    comes from torch's, numpy's and Python's global generators. They are seeded with `train.seed` before the call, and
+    again before every step, by that, the step and the rank.
 
     The training loop belongs to the library, because after a failure it goes on from an earlier step, possibly
     as another rank. So data is a function of the step rather than an iterator.
@@ -39,11 +42,12 @@ class Training:
     """A torch learning-rate scheduler, stepped by DeepSpeed once per optimizer update."""
 
 
-def train_step(engine: Any, training: Training, step: int, rank: int) -> float:
+def train_step(engine: Any, training: Training, seed: int, step: int, rank: int) -> float:
     """Do optimizer update `step` (all ranks); return this rank's loss, averaged over its micro-batches.
 
     Blocks on the collectives of the engine's group and raises what they raise when a peer is lost.
     """
+    seed_step(seed, step, rank)
     losses = []
     for micro_step in range(engine.gradient_accumulation_steps()):
         loss = training.loss(engine, training.batch(step, rank, micro_step))

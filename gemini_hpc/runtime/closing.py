@@ -34,8 +34,7 @@ def verify(paths: RunPaths, run: RunConfig, check_wanted: Callable[[], None]) ->
             time.sleep(POLL_S)
     finally:
         _end(ranks)
-    losses = [event for event in read_events(paths.run_dir) if event["kind"] == "step"]
-    return compare.compare(losses, compare.read_reference(paths.run_dir))
+    return compare.compare(read_events(paths.run_dir), compare.read_reference(paths.run_dir))
 
 
 def _end(ranks: list[Child]) -> None:

@@ -20,7 +20,6 @@ RANK = "GEMINI_RANK"
 def train(paths: RunPaths, rank: int) -> None:
     """Train as one rank from the first step to the last; append each loss to reference/losses.jsonl."""
     from gemini_hpc.engine import builder
-    from gemini_hpc.engine.generators import start_generators
     from gemini_hpc.engine.plain import join_plain_group
     from gemini_hpc.engine.training import train_step
 
@@ -28,10 +27,9 @@ def train(paths: RunPaths, rank: int) -> None:
     builder.prepare(run.train.threads)
     join_plain_group(paths.reference / "rendezvous", rank, run.cluster.nodes, run.recovery.collective_s)
     engine, training = builder.make_engine(builder.load_entry(run.train.entry), run)
-    start_generators(run.train.seed, rank)
     log = os.open(losses_file(paths), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     for step in range(1, run.train.steps + 1):
-        loss = train_step(engine, training, step, rank)
+        loss = train_step(engine, training, run.train.seed, step, rank)
         os.write(log, json.dumps({"rank": rank, "step": step, "loss": loss}).encode() + b"\n")
 
 

@@ -8,7 +8,7 @@ import threading
 import time
 import traceback
 import warnings
-from math import isfinite
+from math import isfinite, nan
 
 logging.disable(logging.INFO)  # the libraries' chatter; errors still reach the log
 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -33,7 +33,6 @@ from gemini_hpc.core.messages import (  # noqa: E402
 from gemini_hpc.core.types import FRESH  # noqa: E402
 from gemini_hpc.engine import builder, reset  # noqa: E402
 from gemini_hpc.engine.elastic import ElasticWorld, is_peer_failure  # noqa: E402
-from gemini_hpc.engine.generators import start_generators  # noqa: E402
 from gemini_hpc.engine.training import not_finite, train_step  # noqa: E402
 from gemini_hpc.errors import GeminiError, UserError  # noqa: E402
 from gemini_hpc.runtime.channel import Channel  # noqa: E402
@@ -140,12 +139,12 @@ class Worker:
         self._world.join(join.generation, join.rank, join.store)
         joined = time.monotonic()
         if join.step == FRESH:
-            start_generators(self._run.train.seed, join.rank)
             self._last_snapshot = None
-            self._snapshot(0, join, wait=False)
+            loss = nan
+            self._snapshot(0, loss, join, wait=False)
         else:
             self._built.fresh = False  # however this ends
-            self._built.shard.restore(self._arena.payload(OWN, join.half))
+            loss = self._built.shard.restore(self._arena.payload(OWN, join.half)).state["loss"]
             self._last_snapshot = join.step
         self._built.fresh = False
         self._channel.send(
@@ -154,6 +153,7 @@ class Worker:
                 join.generation,
                 join.rank,
                 max(join.step, 0),
+                loss,
                 rung,
                 joined - ready,
                 ready - start,
@@ -195,15 +195,15 @@ class Worker:
         return "rebuild"
 
     def _train(self, join: Join) -> None:
-        total = self._run.train.steps
+        total, seed = self._run.train.steps, self._run.train.seed
         for step in range(max(join.step, 0) + 1, total + 1):
             start = time.monotonic()
             self._drills.arm(step, join.rank, self._built.engine)
-            loss = train_step(self._built.engine, self._built.training, step, join.rank)
+            loss = train_step(self._built.engine, self._built.training, seed, step, join.rank)
             if not self._run.train.allow_nan:
                 self._refuse_not_finite(loss, step, join)
             strict = self._run.protect.strict
-            snapshot_s = self._snapshot(step, join, wait=step == total or strict)
+            snapshot_s = self._snapshot(step, loss, join, wait=step == total or strict)
             if strict and not self._wait_until_safe():
                 raise GeminiError(f"protect.strict: step {step} is not safe within {self._run.recovery.join_s:.0f} s")
             step_s = time.monotonic() - start
@@ -235,8 +235,8 @@ class Worker:
 
     # --- snapshots ----------------------------------------------------------------------------------
 
-    def _snapshot(self, step: int, join: Join, wait: bool) -> float:
-        """Copy the shard into the free half of the own area; return how long that took, -1 if it was left out.
+    def _snapshot(self, step: int, loss: float, join: Join, wait: bool) -> float:
+        """Copy the shard into the free half of the own area; return the seconds it cost, -1 if it was left out.
 
         A snapshot is of use when the one before it is safe everywhere. Where replication is slower than training
         that is not so in every step, and then snapshots get rarer; all ranks must leave out the same ones, so
@@ -244,23 +244,27 @@ class Worker:
         """
         arena = self._arena
         assert arena is not None
+        shard = self._built.shard
+        all_are_safe = self._world.vote(wait or self._is_safe(arena))
+        start = time.monotonic()
+        moment = shard.gather(step, loss)
+        gathered_s = time.monotonic() - start
+        if not all_are_safe():
+            return -1.0
         if wait:
             self._wait_until_safe()
-        elif not self._world.agree(self._is_safe(arena)):
-            return -1.0
         start = time.monotonic()
         half = self._free_half(arena)
-        shard = self._built.shard
         arena.write_record(OWN, half, Record(State.WRITING, join.rank, step, join.generation))
-        shard.capture(arena.payload(OWN, half), step)
+        shard.capture(arena.payload(OWN, half), moment)
         self._drills.strike_at("snapshot", step, join.rank)
         written = Record(State.WRITTEN, join.rank, step, join.generation, shard.nbytes)
         arena.write_record(OWN, half, written)
-        taken = time.monotonic() - start
+        taken_s = gathered_s + time.monotonic() - start
         self._channel.send(Written(self._node, half))
         self._drills.strike_in_replication(step, join.rank, arena, half)
         self._last_snapshot = step
-        return taken
+        return taken_s
 
     def _wait_until_safe(self) -> bool:
         """Wait, for a bounded time, until the newest snapshot is safe on all its holders; whether it is."""

@@ -57,6 +57,16 @@ def test_what_one_side_lacks_is_told() -> None:
     assert str(proof).endswith("; 4 not in the reference")
 
 
+def test_a_restored_snapshot_tells_the_loss_of_its_step() -> None:
+    done = next(e for e in EVENTS if e["kind"] == "step" and (e["rank"], e["step"]) == (2, 5))
+    lost = [e for e in EVENTS if e is not done]
+    restored = {"kind": "resumed", "rank": 2, "step": 5, "generation": 2, "loss": done["loss"]}
+    assert compare(lost, reference_of(20)).missing == ((2, 5),)
+    assert compare([*lost, restored], reference_of(20)).missing == ()
+    assert not compare([*lost, restored | {"loss": 0.5}], reference_of(20)).identical
+    assert compare([*EVENTS, restored | {"step": 0, "loss": None}], reference_of(20)).unknown == ()
+
+
 def test_nothing_to_compare_proves_nothing() -> None:
     assert not compare([], reference_of(3)).identical
     assert not compare(EVENTS, []).identical

@@ -26,7 +26,7 @@ def test_the_arena_holds_what_the_arena_room_makes_of_it() -> None:
     numel = capacity.partition_numel(SMALL, 4)
     groups = [numel - 7, 7]  # with and without weight decay
     shapes = {f"{kind}/{group}": (size,) for kind in ("master", "m", "v") for group, size in enumerate(groups)}
-    offset = snapshot.INDEX_BYTES + capacity.GENERATOR_BYTES
+    offset = snapshot.INDEX_BYTES
     for (size,) in shapes.values():
         offset = -(-offset // capacity.ALIGN_BYTES) * capacity.ALIGN_BYTES + 4 * size
     bound = capacity.snapshot_bytes(SMALL, 4)

@@ -120,24 +120,21 @@ class Rank:
 
     def start(self, rank: int) -> None:
         """Begin at step 0."""
-        from gemini_hpc.engine.generators import start_generators
-
-        start_generators(self._run.train.seed, rank)
         self._built.fresh = False
-        self.capture(0)
+        self.capture(0, float("nan"))
 
     def restore(self, half: int) -> int:
-        step = int(self._built.shard.restore(self._arena.payload(0, half)))
+        index = self._built.shard.restore(self._arena.payload(0, half))
         self._built.fresh = False
-        return step
+        return index.step
 
-    def capture(self, step: int, trap: Callable[[], None] | None = None) -> float:
+    def capture(self, step: int, loss: float, trap: Callable[[], None] | None = None) -> float:
         from gemini_hpc.arena import Record, State
 
         start = time.monotonic()
         half, shard = step % 2, self._built.shard
         self._arena.write_record(0, half, Record(State.WRITING, self._world.rank, step))
-        shard.capture(self._arena.payload(0, half), step)
+        shard.capture(self._arena.payload(0, half), shard.gather(step, loss))
         if trap:
             trap()
         self._arena.write_record(0, half, Record(State.WRITTEN, self._world.rank, step, nbytes=shard.nbytes))
@@ -150,9 +147,9 @@ class Rank:
         for step in range(first, last + 1):
             armed = trap if trap and step == trap["step"] else None
             training = self._arm(armed) if armed else self._built.training
-            loss = train_step(self._built.engine, training, step, self._world.rank)
+            loss = train_step(self._built.engine, training, self._run.train.seed, step, self._world.rank)
             if capture:
-                self.capture(step, self._striker(armed, "snapshot"))
+                self.capture(step, loss, self._striker(armed, "snapshot"))
             self._send({"loss": loss, "step": step, "rank": self._world.rank})
             if armed and armed["phase"] == "after":
                 self._strike(armed["action"])
@@ -198,7 +195,6 @@ class Rank:
     def reference(self, case: dict[str, Any], rank: int, size: int, meeting: str, steps: int) -> None:
         """Train undisturbed, in plain gloo, with nothing of ours but the step."""
         from gemini_hpc.engine import builder
-        from gemini_hpc.engine.generators import start_generators
         from gemini_hpc.engine.plain import join_plain_group
         from gemini_hpc.engine.training import train_step
         from tests.engine import job
@@ -207,9 +203,9 @@ class Rank:
         builder.prepare(1)
         join_plain_group(Path(meeting), rank, size, 60.0)
         engine, training = builder.make_engine(builder.load_entry(run.train.entry), run)
-        start_generators(run.train.seed, rank)
         for step in range(1, steps + 1):
-            self._send({"loss": train_step(engine, training, step, rank), "step": step, "rank": rank})
+            loss = train_step(engine, training, run.train.seed, step, rank)
+            self._send({"loss": loss, "step": step, "rank": rank})
 
     # --- what a test looks at -----------------------------------------------------------------------
 

@@ -413,7 +413,7 @@ def test_messages_of_an_old_generation_and_of_strangers_change_nothing() -> None
     place = (0, 0, NBYTES, 1)
     for event in (
         m.Stepped("n0", 1, 0, 999, 0.0, 0.0, 0.0),
-        m.Resumed("n0", 1, 0, 5, "hot_swap", 0.0, 0.0, 0.0),
+        m.Resumed("n0", 1, 0, 5, 1.0, "hot_swap", 0.0, 0.0, 0.0),
         m.Sealed("n0", 1, 0, 999, *place[1:]),
         m.Sealed("n0", 2, 3, 999, *place[1:]),
         m.Copied("n0", 1, 1, 999, "n1", 1, 0, NBYTES, 1, True, "", 0.0),

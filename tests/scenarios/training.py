@@ -138,7 +138,7 @@ class Group:
         for rank, member in self.members.items():
             member.state = "training"
             member.last_snapshot = None if order.step == FRESH else order.step
-            told = (order.generation, rank, self.step, "hot_swap", 0.0, 0.0, 0.0)
+            told = (order.generation, rank, self.step, 1.0, "hot_swap", 0.0, 0.0, 0.0)
             member.node.from_child(m.Resumed(member.node.name, *told))
         if order.step == FRESH:
             self._snapshot()
