@@ -16,6 +16,7 @@ import zmq
 
 from gemini_hpc.arena import COPY_TUNING, OWN, Arena, ArenaError, Geometry, State
 from gemini_hpc.config import RunConfig
+from gemini_hpc.core.codec import Message
 from gemini_hpc.core.messages import (
     Abort,
     Command,
@@ -30,7 +31,6 @@ from gemini_hpc.core.messages import (
     Join,
     Lead,
     Load,
-    Message,
     NodeExited,
     NodeUp,
     Parked,

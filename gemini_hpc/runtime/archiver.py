@@ -10,7 +10,8 @@ import time
 
 from gemini_hpc.arena import Arena, Record, State
 from gemini_hpc.config import RunConfig
-from gemini_hpc.core.messages import Copied, Hello, Load, Message, Persist, Persisted, Publish, Published
+from gemini_hpc.core.codec import Message
+from gemini_hpc.core.messages import Copied, Hello, Load, Persist, Persisted, Publish, Published
 from gemini_hpc.errors import GeminiError
 from gemini_hpc.persist import hdf5, manifest
 from gemini_hpc.runtime.channel import Channel

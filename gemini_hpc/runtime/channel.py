@@ -8,7 +8,7 @@ import os
 import socket
 from pathlib import Path
 
-from gemini_hpc.core.messages import Message, MessageError, decode
+from gemini_hpc.core.codec import Message, MessageError, decode
 
 MAX_PACKET_BYTES = 256 << 10
 """A Publish of some 4000 ranks. Linux's default bounds (net.core.wmem_max) let this much through."""

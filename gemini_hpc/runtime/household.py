@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import zmq
 
-from gemini_hpc.core.messages import Hello, Message
+from gemini_hpc.core.codec import Message
+from gemini_hpc.core.messages import Hello
 from gemini_hpc.runtime.channel import Channel, Listener
 from gemini_hpc.runtime.children import Child
 from gemini_hpc.runtime.paths import RunPaths

@@ -15,7 +15,8 @@ from pathlib import Path
 import zmq
 
 from gemini_hpc.config import RunConfig
-from gemini_hpc.core.messages import Finish, Lead, Message, NodeExited, NodeUp, StartWorld, WorldFailed
+from gemini_hpc.core.codec import Message
+from gemini_hpc.core.messages import Finish, Lead, NodeExited, NodeUp, StartWorld, WorldFailed
 from gemini_hpc.errors import GeminiError
 from gemini_hpc.runtime.children import ATTACHED, Child
 from gemini_hpc.runtime.closing import verify

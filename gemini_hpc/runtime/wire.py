@@ -19,7 +19,7 @@ import zmq
 import zmq.auth.thread
 from zmq.utils.monitor import parse_monitor_message
 
-from gemini_hpc.core.messages import MAX_MESSAGE_BYTES, Message, MessageError, decode
+from gemini_hpc.core.codec import MAX_MESSAGE_BYTES, Message, MessageError, decode
 from gemini_hpc.errors import GeminiError
 
 HANDSHAKE_S = 3.0

@@ -16,12 +16,12 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 from gemini_hpc import versions  # noqa: E402
 from gemini_hpc.arena import OWN, Arena, Record, State, checksum  # noqa: E402
 from gemini_hpc.config import RunConfig  # noqa: E402
+from gemini_hpc.core.codec import Message  # noqa: E402
 from gemini_hpc.core.messages import (  # noqa: E402
     Abort,
     Damaged,
     Hello,
     Join,
-    Message,
     Parked,
     Resumed,
     Stepped,

@@ -28,7 +28,8 @@ import mpi4py
 import xxhash
 
 from gemini_hpc.arena import OWN, Arena, Record, State
-from gemini_hpc.core.messages import Copied, Gone, Hello, HostReady, Message, Pull, Sealed, Written, decode
+from gemini_hpc.core.codec import Message, decode
+from gemini_hpc.core.messages import Copied, Gone, Hello, HostReady, Pull, Sealed, Written
 from gemini_hpc.errors import GeminiError
 
 mpi4py.rc.initialize = False  # the agent must know this process before MPI can hang in its start-up

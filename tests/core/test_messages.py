@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemini_hpc.core import messages
-from gemini_hpc.core.messages import MAX_MESSAGE_BYTES, Message, MessageError, decode
+from gemini_hpc.core.codec import MAX_MESSAGE_BYTES, Message, MessageError, decode
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
 NUMBER = st.floats(allow_nan=False, allow_infinity=False)

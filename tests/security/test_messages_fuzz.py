@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemini_hpc.core import messages
-from gemini_hpc.core.messages import MAX_MESSAGE_BYTES, Message, MessageError, Note, Stepped, decode
+from gemini_hpc.core.codec import MAX_MESSAGE_BYTES, Message, MessageError, decode
+from gemini_hpc.core.messages import Note, Stepped
 
 FUZZ = settings(max_examples=300, deadline=None, derandomize=True)
 BOUND_BYTES = 96 * MAX_MESSAGE_BYTES

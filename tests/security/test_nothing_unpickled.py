@@ -117,7 +117,8 @@ def forbidden(*arguments, **settings):
 
 import h5py, numpy as np, yaml  # before: what they do to themselves at import is their own
 from gemini_hpc.arena import SnapshotIndex, checksum, layout
-from gemini_hpc.core.messages import Heartbeat, decode
+from gemini_hpc.core.codec import decode
+from gemini_hpc.core.messages import Heartbeat
 from gemini_hpc.persist.hdf5 import read_shard, write_shard
 from gemini_hpc.config import dump, load_run, read_run
 

@@ -17,7 +17,8 @@ import psutil
 import pytest
 import zmq
 
-from gemini_hpc.core.messages import MAX_MESSAGE_BYTES, Abort, Finish, Heartbeat, Message
+from gemini_hpc.core.codec import MAX_MESSAGE_BYTES, Message
+from gemini_hpc.core.messages import Abort, Finish, Heartbeat
 from gemini_hpc.errors import GeminiError
 from gemini_hpc.runtime import wire as wire_module
 from gemini_hpc.runtime.wire import Client, Server, Tally, Wire, make_keys, read_keys
