@@ -9,25 +9,22 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 
 import zmq
 
-from gemini_hpc.arena import COPY_TUNING, OWN, Arena, ArenaError, Geometry, State
+from gemini_hpc.arena import COPY_TUNING, Arena, ArenaError, Geometry
 from gemini_hpc.config import RunConfig
 from gemini_hpc.core.codec import Message
 from gemini_hpc.core.messages import (
     Abort,
     Command,
-    Copied,
     Event,
     Finish,
     Gone,
     Hello,
     HostLost,
     HostReady,
-    Inventory,
     Join,
     Lead,
     Load,
@@ -35,9 +32,7 @@ from gemini_hpc.core.messages import (
     NodeUp,
     Parked,
     Persist,
-    Persisted,
     Publish,
-    Published,
     Pull,
     RequestVote,
     RestartWorker,
@@ -51,6 +46,8 @@ from gemini_hpc.core.messages import (
 )
 from gemini_hpc.core.seat import Seat
 from gemini_hpc.core.types import FRESH
+from gemini_hpc.runtime.account import Account
+from gemini_hpc.runtime.archiving import Archiving
 from gemini_hpc.runtime.children import PARENT
 from gemini_hpc.runtime.cluster import CLUSTER, GROUP_ADDRESS, NODES, RETURNED, address_of
 from gemini_hpc.runtime.coordinator import Coordinator, rules_of
@@ -67,29 +64,8 @@ LEASE_TIMEOUTS = 10
 FLUSH_S = 2.0
 """How long the end may wait for the event log."""
 
-ARCHIVER = "gemini_hpc.runtime.archiver"
 REPEAT_S = 1.0
 """How often the last step and the sealed snapshots are told again."""
-
-RESTART_S = 1.0
-"""Between the death of an archiver and the start of the next: one that cannot start must not fill the machine."""
-
-ORDERS_FOR = {
-    "worker": (Join, Abort),
-    "archiver": (Persist, Load, Publish),
-}
-
-
-class WorkerRecord:
-    """What this agent knows of its worker; all of it goes into the inventory for a new coordinator."""
-
-    def __init__(self) -> None:
-        self.state = "building"  # or idle, busy, lost
-        self.reason = ""  # why it was lost
-        self.generation = 0  # that it was last told to join, as `rank`
-        self.rank = -1
-        self.ready: WorkerReady | None = None
-        self.store = ""
 
 
 class Agent:
@@ -105,20 +81,14 @@ class Agent:
         self._poller = zmq.Poller()
         self._household = Household(paths, node, self._poller)
         paths.arena(node).unlink(missing_ok=True)  # of this node's life before, if it had one
-        self._arena: Arena | None = None
-        self._worker = WorkerRecord()
+        self._account = Account(node)
         self._ready: WorkerReady | None = None  # a worker that waits for its arena
         self._making_arena: threading.Thread | None = None
         self._arena_failure = ""
-        self._host: HostReady | None = None  # the newest that there was
-        self._host_world = 0  # of the host that is connected; 0 = none
-        self._archiver_due = 0.0  # when one that died is started again; 0 = it lives
-        self._archiving: list[tuple[float, Message]] = []  # orders that the archiver has not answered
         self._started = self._last_round = time.monotonic()
         self._informed: tuple[str, int] = ("", 0)  # the coordinator, and its term, that has our inventory
         self._said_again = self._started
         self._told_tally = replace(self._wire.tally)
-        self._last_step: Stepped | None = None
         self._stopped_since = 0.0  # since when the worker does not run, because of a signal
         self._worker_starts = 0
         self._last_words = ""  # why the worker is about to exit
@@ -127,6 +97,7 @@ class Agent:
         returned = os.environ.get(RETURNED) == "1"
         self._seat = Seat(rules_of(run, nodes), node, run.recovery.heartbeat_s, self._started, returned)
         self._role = Coordinator(paths, run, self._seat, self._wire, self._cluster, self._events)
+        self._archiving = Archiving(self._household, run.recovery.archive_s, self._tell)
 
     # --- the loop -----------------------------------------------------------------------------------
 
@@ -136,7 +107,6 @@ class Agent:
             self._poller.register(source, zmq.POLLIN)
         self._cluster.send(NodeUp(self._node, self._server.endpoint))
         self._start_worker()
-        self._household.start("archiver", ARCHIVER)
         while not self._over:
             self._poller.poll(TICK_MS)
             self._read_cluster()
@@ -161,11 +131,7 @@ class Agent:
         if alone_s > (LEASE_TIMEOUTS * rules.heartbeat_timeout_s if self._informed[0] else rules.build_s):
             self._events.emit("run", state="stopped", reason=f"no majority has had a coordinator for {alone_s:.0f} s")
             self._over = True
-        if self._archiving and now - self._archiving[0][0] > rules.archive_s:
-            self._restart_archiver(f"no answer within {rules.archive_s:.0f} s")
-        elif 0 < self._archiver_due <= now:
-            self._archiver_due = 0.0
-            self._restart_archiver("it died")
+        self._archiving.watch(now)
         self._watch_worker(now)
         if self._wire.tally != self._told_tally:
             self._told_tally = replace(self._wire.tally)
@@ -176,13 +142,14 @@ class Agent:
 
     def _say_again(self) -> None:
         """A line may have broken, and a message with it: repeat what is told only once. And see that all is there."""
-        if self._last_step is not None:
-            self._tell(self._last_step)
-        if self._host_world:
+        account = self._account
+        if account.last_step is not None:
+            self._tell(account.last_step)
+        if account.host_world:
             self._remind_host()
-        if self._arena is not None and not self._arena.path.exists():
+        if account.arena is not None and not account.arena.path.exists():
             # what it holds can be reached by nobody new, and every MPI world would fail
-            self._events.emit("run", state="stopped", reason=f"{self._arena.path} is gone")
+            self._events.emit("run", state="stopped", reason=f"{account.arena.path} is gone")
             self._over = True
 
     def _watch_worker(self, now: float) -> None:
@@ -231,34 +198,10 @@ class Agent:
         if self._informed == (election.leader, election.term):
             return
         self._informed = (election.leader, election.term)
-        worker, host = self._worker, self._host
-        self._tell(
-            Inventory(
-                self._node,
-                worker.state,
-                worker.reason,
-                worker.generation,
-                worker.rank,
-                worker.ready.built_rank if worker.ready else -1,
-                worker.store,
-                self._arena.geometry.snapshot_bytes if self._arena and worker.ready else 0,
-                host.world if host else 0,
-                host.members if host else (),
-                host is not None and host.world == self._host_world,
-                tuple(self._held()),
-            )
-        )
-
-    def _held(self) -> Iterator[tuple[int, ...]]:
-        for area in range(self._arena.geometry.areas if self._arena else 0):
-            for half in (0, 1):
-                assert self._arena is not None
-                record = self._arena.record(area, half)
-                if record.state is State.SEALED:
-                    place = (area, half, record.rank, record.step)
-                    yield (*place, record.generation, record.nbytes, record.checksum)
+        self._tell(self._account.inventory())
 
     def _obey(self, order: Command) -> None:
+        account = self._account
         if isinstance(order, Finish):
             self._cluster.send(Finish("", order.state, order.reason))  # the coordinator's own word may not arrive
             self._over = True
@@ -267,27 +210,21 @@ class Agent:
         elif isinstance(order, RestartWorker):
             self._start_worker()
         elif isinstance(order, Safe):
-            if self._arena is not None and order.generation == self._worker.generation:
-                self._arena.safe_step = order.step
+            if account.arena is not None and order.generation == account.generation:
+                account.arena.safe_step = order.step
         elif isinstance(order, (Pull, Gone)):
-            if order.world == self._host_world:  # else of a world that is no more
+            if order.world == account.host_world:  # else of a world that is no more
                 self._household.send("host", order)
-        else:
-            if isinstance(order, Join):
-                if order.generation <= self._worker.generation:
-                    return  # of the past
-                self._worker.state = "busy"
-                self._worker.generation, self._worker.rank = order.generation, order.rank
-                if self._arena is not None:
-                    # perhaps back behind the safe step of before: nothing is safe until the coordinator says so again
-                    self._arena.safe_step = FRESH
-            for role in [role for role, kinds in ORDERS_FOR.items() if isinstance(order, kinds)]:
-                self._pass_on(role, order)
-
-    def _pass_on(self, role: str, order: Command) -> None:
-        if role == "archiver":
-            self._archiving.append((time.monotonic(), order))
-        self._household.send(role, order)
+        elif isinstance(order, (Persist, Load, Publish)):
+            self._archiving.order(order)
+        elif isinstance(order, Abort):
+            self._household.send("worker", order)
+        elif isinstance(order, Join) and order.generation > account.generation:  # else of the past
+            account.joins(order)
+            if account.arena is not None:
+                # perhaps back behind the safe step of before: nothing is safe until the coordinator says so again
+                account.arena.safe_step = FRESH
+            self._household.send("worker", order)
 
     # --- the node's processes -----------------------------------------------------------------------
 
@@ -295,7 +232,7 @@ class Agent:
         self._ready = None
         self._last_words, self._final = "", False
         self._stopped_since = 0.0
-        self._worker.state = "building"
+        self._account.worker = "building"
         self._worker_starts += 1
         self._household.start(
             "worker",
@@ -306,23 +243,16 @@ class Agent:
             **({} if "GLIBC_TUNABLES" in os.environ else COPY_TUNING),
         )
 
-    def _restart_archiver(self, reason: str) -> None:
-        """Kill a hung archiver, or follow a dead one; what it was ordered to do has failed."""
-        failed, self._archiving = self._archiving, []
-        for _, order in failed:
-            self._tell(_failure(order, f"the archiver failed: {reason}"))
-        self._household.start("archiver", ARCHIVER)
-
     def _hear_children(self) -> None:
         for role, news in self._household.news():
             if isinstance(news, ProcessEnded):
                 if role == "worker":
                     self._lose_worker(self._last_words or news.how)
                 else:
-                    self._archiver_due = time.monotonic() + RESTART_S
+                    self._archiving.ended()
             elif isinstance(news, LineEnded):
                 if role == "host":
-                    lost, self._host_world = self._host_world, 0
+                    lost, self._account.host_world = self._account.host_world, 0
                     self._tell(HostLost(self._node, lost, "its line to the agent ended"))
             elif isinstance(news, Hello):
                 self._greet(news)
@@ -330,15 +260,14 @@ class Agent:
                 self._hear(news)
 
     def _lose_worker(self, reason: str) -> None:
-        self._worker.state, self._worker.reason = "lost", reason
+        self._account.worker, self._account.reason = "lost", reason
         self._tell(WorkerLost(self._node, reason, self._final))
 
     def _greet(self, hello: Hello) -> None:
         if hello.role == "host":
-            self._host_world = hello.world
+            self._account.host_world = hello.world
         if hello.role == "archiver":
-            for _, order in self._archiving:  # ordered before it was up
-                self._household.send("archiver", order)
+            self._archiving.greet()
 
     def _hear(self, message: Message) -> None:
         """What a child says goes to the coordinator, after what it means here."""
@@ -353,27 +282,21 @@ class Agent:
             self._last_words, self._final = message.reason, message.final  # the coordinator hears of it when it exits
             return
         if isinstance(message, HostReady):
-            self._host = message
+            self._account.host = message
             self._remind_host()
         elif isinstance(message, Parked):
-            self._worker.state, self._worker.store = "idle", message.store
-        elif isinstance(message, (Persisted, Published)) or (isinstance(message, Copied) and self._is_load(message)):
-            self._archiving = [(time.monotonic(), order) for _, order in self._archiving[1:]]
+            self._account.is_idle(message.store)
         elif isinstance(message, Stepped):
-            self._last_step = message
+            self._account.last_step = message
             self._log_step(message)
+        self._archiving.answered(message)
         if isinstance(message, Event):
             self._tell(message)
 
     def _remind_host(self) -> None:
         """A new host has to seal what was written, or sealed without a report, while there was none."""
-        for half in (0, 1):
-            if self._arena is not None and self._arena.record(OWN, half).state in (State.WRITTEN, State.SEALED):
-                self._household.send("host", Written(self._node, half))
-
-    def _is_load(self, message: Copied) -> bool:
-        order = self._archiving[0][1] if self._archiving else None
-        return isinstance(order, Load) and not message.source
+        for half in self._account.unreported_halves():
+            self._household.send("host", Written(self._node, half))
 
     def _log_step(self, message: Stepped) -> None:
         self._events.emit(
@@ -391,15 +314,16 @@ class Agent:
     def _make_arena(self, snapshot_bytes: int) -> None:
         """Allocate and touch the arena in a thread: it may take seconds, and the heart must go on beating."""
         geometry = Geometry(self._run.protect.replicas, snapshot_bytes)
-        if self._arena is not None:
-            if self._arena.geometry != geometry:
+        account = self._account
+        if account.arena is not None:
+            if account.arena.geometry != geometry:
                 self._arena_failure = "its snapshots have another size than before"
             return
         path = self._paths.arena(self._node)
 
         def make() -> None:
             try:
-                self._arena = Arena.create(path, geometry, self._paths.run_id)
+                account.arena = Arena.create(path, geometry, self._paths.run_id)
             except ArenaError as error:
                 self._arena_failure = str(error)
 
@@ -415,25 +339,16 @@ class Agent:
             self._household.end("worker")
             self._lose_worker(self._arena_failure)
             return
-        assert self._arena is not None
-        self._log_memory(self._arena)
-        self._worker.state, self._worker.ready, self._worker.store = "idle", ready, ready.store
+        assert self._account.arena is not None
+        self._log_memory(self._account.arena)
+        self._account.ready = ready
+        self._account.is_idle(ready.store)
         self._tell(ready)
 
     def _log_memory(self, arena: Arena) -> None:
         each = 2 * arena.geometry.half_bytes
         remote = each * (arena.geometry.areas - 1)
         self._events.emit("memory", local_bytes=each, peer_bytes=remote)
-
-
-def _failure(order: Message, reason: str) -> Event:
-    if isinstance(order, Persist):
-        return Persisted(order.node, order.rank, order.step, "", 0, order.checksum, False, reason, 0.0)
-    if isinstance(order, Load):
-        at = (order.generation, order.rank, order.step, "", order.area, order.half)
-        return Copied(order.node, *at, 0, order.checksum, False, reason, 0.0)
-    assert isinstance(order, Publish)
-    return Published(order.node, order.step, "", False, reason)
 
 
 def main() -> None:

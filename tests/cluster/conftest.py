@@ -1,6 +1,9 @@
 """The fault matrix: its references, and the table at the end."""
 
+import json
 from collections.abc import Generator
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +11,10 @@ from tests.cluster.matrix import JOB, Losses, Matrix, References, train_referenc
 
 MATRIX = pytest.StashKey[Matrix]()
 NOT_PROVEN = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", metavar="FILE", type=Path, help="write the table of the fault matrix as JSON, too")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -54,3 +61,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(line)
     for name in config.stash[NOT_PROVEN]:
         terminalreporter.write_line(f"NOT PROVEN: {name}")
+    if record := config.getoption("--record", None):  # not known where this folder was not named on the command line
+        found = {"rows": [asdict(line) for line in lines.lines], "notes": lines.notes}
+        record.write_text(json.dumps(found | {"not_proven": config.stash[NOT_PROVEN]}, indent=1) + "\n")
