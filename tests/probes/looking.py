@@ -35,7 +35,7 @@ def tick():
 with case_for(load_run(None, sys.argv[3:], site="local")) as case:
     probe = {probe.name: probe for probe in probes_for(case.run)}.get(sys.argv[1])
     exec(sys.argv[2])
-    probe = probe or Probe("trial", "a thing that never comes", 0.5, look, "do that", undo)
+    probe = probe or Probe("trial", "a thing that never comes", 3, look, "do that", undo)
     try:
         finding = examine(probe, case, tick)
         print(json.dumps([case.id, finding.level, finding.text]))
@@ -79,5 +79,5 @@ def probe(name: str, *overrides: str, before: str = "", **environment: str) -> E
 
 
 def look(source: str, *overrides: str) -> Examined:
-    """Examine with a probe of half a second; `source` defines its `look(case)`, and may define `undo` and `tick`."""
+    """Examine with a probe of three seconds; `source` defines its `look(case)`, and may define `undo` and `tick`."""
     return probe("", *overrides, before=source)

@@ -33,7 +33,7 @@ def assert_gone(place: Path) -> None:
 def test_a_probe_that_hangs_is_named_and_killed_with_all_it_started(tmp_path: Path) -> None:
     place = tmp_path / "started"
     found = look(HANGS.replace("PLACE", repr(str(place))))
-    assert (found.level, found.text) == ("problem", "no a thing that never comes within 0.5 s: do that")
+    assert (found.level, found.text) == ("problem", "no a thing that never comes within 3 s: do that")
     assert found.left == []
     assert_gone(place)
 
@@ -89,7 +89,7 @@ def test_what_bears_no_mark_is_undone_only_after_a_kill(tmp_path: Path) -> None:
 def test_an_undoing_that_hangs_is_told() -> None:
     found = look("def look(case):\n    time.sleep(600)\nundo = look")
     assert found.text == (
-        "no a thing that never comes within 0.5 s; no clearing up after trial within 5 s: remove it by hand: do that"
+        "no a thing that never comes within 3 s; no clearing up after trial within 5 s: remove it by hand: do that"
     )
 
 

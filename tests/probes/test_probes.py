@@ -24,7 +24,7 @@ GOOD = {
 @pytest.mark.cluster
 @pytest.mark.parametrize("name", GOOD)
 def test_on_a_machine_that_can(name: str, tmp_path: Path) -> None:
-    found = probe(name, f"site.runs_dir={tmp_path / 'to be' / 'runs'}")
+    found = probe(name, f"site.runs_dir={tmp_path / 'to be' / 'runs'}", "recovery.world_s=60")
     assert found.level in ("ok", "warning"), found
     assert re.search(GOOD[name], found.text), found.text
     assert found.left == [] and list(tmp_path.iterdir()) == []
