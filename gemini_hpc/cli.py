@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from gemini_hpc.errors import GeminiError, UserError
@@ -15,6 +15,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see python -m {self.prog} --help")
+
+
+def split_settings(settings: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return the configuration file, if one is named, and the overrides. Raises UserError for more than one file."""
+    files = [setting for setting in settings if "=" not in setting]
+    if len(files) > 1:
+        raise UserError(f"one configuration file at most, not {', '.join(files)}; overrides have the form key=value")
+    return (files[0] if files else None), [setting for setting in settings if "=" in setting]
 
 
 def run_command(command: Callable[[list[str]], int]) -> int:

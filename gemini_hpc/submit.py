@@ -15,8 +15,8 @@ from itertools import count
 from pathlib import Path
 
 from gemini_hpc import __version__, versions
-from gemini_hpc.cli import Parser, run_command
-from gemini_hpc.config import CONFIG_FILE, RunConfig, capacity, dump, load_run, read_run
+from gemini_hpc.cli import Parser, run_command, split_settings
+from gemini_hpc.config import CONFIG_FILE, EXAMPLE, RunConfig, capacity, dump, load_run, read_run
 from gemini_hpc.data import check_source
 from gemini_hpc.errors import UserError
 from gemini_hpc.models import presets
@@ -31,7 +31,6 @@ from gemini_hpc.slurm.script import job_script
 
 CANCEL_GRACE_S = 15.0
 ENVIRONMENT_FILE = "env.json"
-EXAMPLE = "gemini_hpc.models.job:build"
 PACKAGES = ("torch", "deepspeed", "mpi4py", "mpich", "h5py", "submitit", "plotly", "pyzmq")
 
 
@@ -75,11 +74,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--wait", action=argparse.BooleanOptionalAction, help="watch until the end (local: default)")
     parser.add_argument("--prepare", metavar="NAME", help=argparse.SUPPRESS)  # called by the job script
     options = parser.parse_intermixed_args(arguments)
-    files = [setting for setting in options.settings if "=" not in setting]
-    if len(files) > 1:
-        raise UserError(f"one configuration file at most, not {', '.join(files)}; overrides have the form key=value")
-    options.config = files[0] if files else None
-    options.overrides = [setting for setting in options.settings if "=" in setting]
+    options.config, options.overrides = split_settings(options.settings)
     return options
 
 
@@ -105,10 +100,7 @@ def _check(config: RunConfig) -> tuple[capacity.Needs | None, str]:
     model = config.model
     presets.model_shape(model.family, model.preset, model.seq_len)
     corpus = check_source(config.data, model.seq_len)
-    shapes = {
-        name: presets.parameter_shapes(presets.model_shape(model.family, name, model.seq_len))
-        for name in presets.PRESETS
-    }
+    shapes = presets.shapes_by_preset(model.family, model.seq_len)
     return capacity.check(config, shapes, capacity.room_at(config.site)), corpus
 
 

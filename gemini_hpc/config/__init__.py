@@ -2,6 +2,7 @@
 
 from gemini_hpc.config.load import CONFIG_FILE, dump, load_run, read_run
 from gemini_hpc.config.run import (
+    EXAMPLE,
     ClusterConfig,
     DataConfig,
     Drill,
@@ -15,6 +16,7 @@ from gemini_hpc.config.site import SiteConfig, resolve_site, site_names
 
 __all__ = [
     "CONFIG_FILE",
+    "EXAMPLE",
     "ClusterConfig",
     "DataConfig",
     "Drill",

@@ -1,6 +1,6 @@
 """How much memory a run needs, how much there is, and what would fit. Computed before anything is started.
 
-All of it is arithmetic on parameter shapes, but for `room_at`, which looks at a machine.
+All of it is arithmetic on parameter shapes, but for `room_at` and `memory_left`, which look at a machine.
 """
 
 import os
@@ -115,10 +115,14 @@ def room_at(site: SiteConfig) -> Room:
         shm = os.statvfs(site.shm_dir)
     except OSError as failed:
         raise UserError(f"site.shm_dir {site.shm_dir}: {failed.strerror}: name a memory file system") from None
+    return Room(shm.f_bavail * shm.f_frsize, min(memory_left()))
+
+
+def memory_left() -> list[int]:
+    """Return the bytes of memory that this machine has left, then those left under each limit on this process."""
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) << 10
-    membership = Path("/proc/self/cgroup").read_text()
-    return Room(shm.f_bavail * shm.f_frsize, min([available, *cgroup_room(membership, Path("/sys/fs/cgroup"))]))
+    return [available, *cgroup_room(Path("/proc/self/cgroup").read_text(), Path("/sys/fs/cgroup"))]
 
 
 def cgroup_room(membership: str, root: Path) -> Iterable[int]:

@@ -8,11 +8,14 @@ from pydantic import Field, model_validator
 from gemini_hpc.config.site import SiteConfig
 from gemini_hpc.config.validation import Section
 
+EXAMPLE = "gemini_hpc.models.job:build"
+"""The entry of the example program, whose model is known without building it."""
+
 
 class TrainConfig(Section):
     """The training loop."""
 
-    entry: str = Field("gemini_hpc.models.job:build", pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    entry: str = Field(EXAMPLE, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
     """where the training is built, MODULE:FUNCTION"""
     steps: int = Field(120, ge=1)
     """steps (optimizer updates) to train"""

@@ -67,6 +67,11 @@ def parameter_shapes(shape: ModelShape) -> list[tuple[str, tuple[int, ...]]]:
     return list(rows)
 
 
+def shapes_by_preset(family: str, seq_len: int) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+    """Return preset -> `parameter_shapes`, as `config.capacity` wants them."""
+    return {name: parameter_shapes(model_shape(family, name, seq_len)) for name in PRESETS}
+
+
 def parameter_count(shape: ModelShape) -> int:
     """Return how many parameters the model has."""
     return sum(prod(size) for _, size in parameter_shapes(shape))

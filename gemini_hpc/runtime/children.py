@@ -20,6 +20,12 @@ ATTACHED = "GEMINI_ATTACHED"
 KILL_S = 1.0
 """How long to wait for a killed process to be gone."""
 
+DYING_WITH_US = [
+    *(sys.executable, "-I", "-S", "-c"),
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])",
+]
+"""A program started behind these words is killed when its starter dies (PR_SET_PDEATHSIG), as all children are."""
+
 
 class Child:
     """A process that this one started and watches."""

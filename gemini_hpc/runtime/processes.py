@@ -129,10 +129,8 @@ _OURS = re.compile(r"gemini-([0-9a-f]{10})[.-]")
 
 def sweep(shm_dir: Path) -> list[str]:
     """End what dead runs of this user left behind: processes and files; return the runs' ids."""
-    found = {match[1] for entry in shm_dir.iterdir() if (match := _OURS.match(entry.name)) and _mine(entry)}
-    found |= {value for _, value in _environments(RUN_MARK)}
     swept = []
-    for run in sorted(found):
+    for run in traces(shm_dir):
         lock = RunLock(lock_path(run))
         if not lock.take():
             continue  # it lives
@@ -140,6 +138,12 @@ def sweep(shm_dir: Path) -> list[str]:
         lock.release()
         swept.append(run)
     return swept
+
+
+def traces(shm_dir: Path) -> list[str]:
+    """Return the ids of this user's runs, living or dead, that have processes or files on this machine."""
+    found = {match[1] for entry in shm_dir.iterdir() if (match := _OURS.match(entry.name)) and _mine(entry)}
+    return sorted(found | {value for _, value in _environments(RUN_MARK)})
 
 
 def clear(shm_dir: Path, run: str) -> None:

@@ -18,7 +18,7 @@ from gemini_hpc.config import RunConfig
 from gemini_hpc.core.codec import Message
 from gemini_hpc.core.messages import Finish, Lead, NodeExited, NodeUp, StartWorld, WorldFailed
 from gemini_hpc.errors import GeminiError
-from gemini_hpc.runtime.children import ATTACHED, Child
+from gemini_hpc.runtime.children import ATTACHED, DYING_WITH_US, Child
 from gemini_hpc.runtime.closing import verify
 from gemini_hpc.runtime.cluster import CLUSTER, NODES, RETURNED, virtual_nodes
 from gemini_hpc.runtime.paths import RunPaths, open_run
@@ -29,12 +29,6 @@ from gemini_hpc.telemetry import EventLog
 from gemini_hpc.windows.launch import HostSpec, mpi_leftovers, mpiexec_command
 
 POLL_MS = 100
-DYING_WITH_US = [
-    *(sys.executable, "-I", "-S", "-c"),
-    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])",
-]
-"""A program started behind these words is killed when the supervisor dies (PR_SET_PDEATHSIG), as all children are."""
-
 PATIENCE_S = 5.0
 """How long agents may take to leave after the end of the run."""
 

@@ -1,0 +1,247 @@
+"""Probes of the lines between nodes: addresses, the control plane, MPI windows, gloo."""
+
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import TypeVar
+
+import zmq
+
+from gemini_hpc.arena import OWN, Arena, ArenaError, Geometry, Record, State
+from gemini_hpc.config.capacity import room_at
+from gemini_hpc.core.codec import Message
+from gemini_hpc.core.messages import Copied, Heartbeat, Hello, HostReady, Lead, Pull, Sealed, Written
+from gemini_hpc.errors import GeminiError, UserError
+from gemini_hpc.runtime.channel import Channel, Listener
+from gemini_hpc.runtime.children import DYING_WITH_US
+from gemini_hpc.runtime.cluster import GROUP_ADDRESS, address_of, virtual_nodes
+from gemini_hpc.runtime.probes.examine import Case, Finding, last_line, ok, problem, warning
+from gemini_hpc.runtime.probes.storage import NOT_TRIED
+from gemini_hpc.runtime.wire import Client, Server, Wire, make_keys
+from gemini_hpc.windows import HostSpec, mpiexec_command, network_interface
+
+CONNECT_S = 2.0
+EXCHANGES = 200
+PULL_BYTES = 32 << 20
+PULLS = 5
+NODES = ("node0", "node1")
+LOCALHOST = f"see that torch can be imported, and give {GROUP_ADDRESS} the name localhost in /etc/hosts"
+SHIELD = "window host "
+"""How a shield's word begins that its host has ended (windows/shield.py); it keeps that from the launcher."""
+
+WATCH_MS = 100
+SLOW_JOIN_S = 1.0
+"""A group forms in milliseconds; seconds mean that a name service is asked for addresses it does not know."""
+
+M = TypeVar("M", bound=Message)
+
+
+def loopback(case: Case) -> Finding:
+    """The addresses of the virtual nodes: bound and connected to."""
+    nodes = virtual_nodes(case.run)
+    addresses = [address_of(node, nodes) for node in nodes]
+    for address in addresses:
+        try:
+            with socket.create_server((address, 0)) as server:
+                socket.create_connection(server.getsockname(), CONNECT_S).close()
+        except OSError as error:
+            return problem(f"{address}: {error.strerror or error}: bring lo up with 127.0.0.1/8, the whole network")
+    return ok(f"{len(addresses)} nodes at {addresses[0]} to {addresses[-1]}, all reached")
+
+
+def control_plane(case: Case) -> Finding:
+    """A handshake with keys made for it, and messages there and back."""
+    make_keys(case.scratch / "keys.json")
+    wire = Wire(case.scratch / "keys.json")
+    server = wire.listen(address_of(NODES[0], NODES))
+    client = wire.call(server.endpoint, NODES[1])
+    times = [_exchange(client, server) for _ in range(1 + EXCHANGES)]
+    first_s, typical_s, worst_s = times[0], median(times[1:]), max(times[1:])
+    found = (
+        f"CURVE handshake {first_s * 1e3:.0f} ms; round trip {typical_s * 1e3:.2f} ms (median of {EXCHANGES}), "
+        f"slowest {worst_s * 1e3:.1f} ms; heartbeats go out every {case.run.recovery.heartbeat_s * 1e3:.0f} ms"
+    )
+    if typical_s > case.run.recovery.heartbeat_s / 2:
+        return warning(f"{found}: set recovery.heartbeat_s={4 * typical_s:.2g}")
+    return ok(found)
+
+
+def _exchange(client: Client, server: Server) -> float:
+    """Send a message there and the answer back; return how long it took, in seconds."""
+    began = time.monotonic()
+    client.send(Lead(NODES[0], NODES[1], 1, began))
+    while (heard := server.receive()) is None:
+        server.socket.poll(100, zmq.POLLIN)
+    server.send(heard[0], Heartbeat(NODES[0], began))
+    while client.receive() is None:
+        client.socket.poll(100, zmq.POLLIN)
+    return time.monotonic() - began
+
+
+# --- MPI --------------------------------------------------------------------------------------------------
+
+
+def other_interface() -> str:
+    """Say what to try when window hosts do not start, or do not find each other."""
+    return f"set site.interface to another of {', '.join(_interfaces()) or 'none'}, or install MPICH anew: make"
+
+
+def mpi_world(case: Case) -> Finding:
+    """A world of two window hosts, started as in a run, and snapshots pulled through it."""
+    site, recovery = case.run.site, case.run.recovery
+    interface = site.interface or network_interface()
+    if interface and interface not in _interfaces():
+        return problem(f"no interface {interface} is up: set site.interface to one of {', '.join(_interfaces())}")
+    try:
+        arenas = _arenas(case)
+    except (ArenaError, UserError):
+        return warning(NOT_TRIED)
+    began = time.monotonic()
+    world = _World(case, arenas)
+    start_s = time.monotonic() - began
+    sealed = world.publish()
+    speed = median(sealed.nbytes / world.pull(sealed) for _ in range(PULLS))
+    over = f"TCP over {interface}" if interface else "shared memory (no interface but lo)"
+    found = (
+        f"2 window hosts up in {start_s:.2f} s (world_s {recovery.world_s:g}); "
+        f"{sealed.nbytes / 1e6:.0f} MB by Rget, verified, at {speed / 1e6:.0f} MB/s; {over}"
+    )
+    if start_s > recovery.world_s / 2:
+        return warning(f"{found}: set recovery.world_s={4 * start_s:.0f}")
+    return ok(found)
+
+
+def _arenas(case: Case) -> list[Arena]:
+    """Make small arenas, which take half of what is free at most. Raises ArenaError or UserError."""
+    geometry = Geometry(2, min(PULL_BYTES, (room_at(case.run.site).shm_bytes or 0) // 16))
+    return [Arena.create(case.shared(f"{node}.arena"), geometry, case.id) for node in NODES]
+
+
+class _World:
+    """Two window hosts over small arenas. What is started and made here is ended by `examine`."""
+
+    def __init__(self, case: Case, arenas: list[Arena]) -> None:
+        self._log = case.scratch / "windows.log"
+        self._source = arenas[0]
+        sockets = [case.shared(f"{node}.sock") for node in NODES]
+        listeners = [Listener(path) for path in sockets]
+        hosts = [HostSpec(n, a.path, s) for n, a, s in zip(NODES, arenas, sockets, strict=True)]
+        command, environment = mpiexec_command(
+            Path(sys.executable), case.id, 1, hosts, os.environ, case.run.site.interface
+        )
+        with self._log.open("wb") as log:
+            launcher = subprocess.Popen(
+                [*DYING_WITH_US, *command], env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        self._launcher = os.pidfd_open(launcher.pid)
+        self._lines = [self._accept(listener) for listener in listeners]
+        for host in (0, 1):
+            self._hear(host, Hello)
+        for host in (0, 1):
+            self._hear(host, HostReady)
+
+    def publish(self) -> Sealed:
+        """Put a snapshot into the first node's arena and have it sealed."""
+        payload = self._source.payload(OWN, 0)
+        payload[:] = os.urandom(len(payload))
+        self._source.write_record(OWN, 0, Record(State.WRITTEN, 0, 1, 1, len(payload)))
+        self._lines[0].send(Written(NODES[0], 0))
+        return self._hear(0, Sealed)
+
+    def pull(self, sealed: Sealed) -> float:
+        """Have the second node pull it; return how long that took, in seconds. Raises GeminiError."""
+        what = (sealed.nbytes, sealed.checksum)
+        self._lines[1].send(Pull(NODES[1], 1, 1, 0, sealed.step, NODES[0], 1, 0, OWN, sealed.half, 1, 0, *what, 60.0))
+        copied = self._hear(1, Copied)
+        if not copied.ok:
+            raise GeminiError(f"a pull from window to window failed ({copied.reason})")
+        return copied.seconds
+
+    def _accept(self, listener: Listener) -> Channel:
+        self._await(listener.fileno())
+        line = listener.accept()
+        if line is None:
+            raise self._lost()
+        return line
+
+    def _hear(self, host: int, kind: type[M]) -> M:
+        line = self._lines[host]
+        self._await(line.fileno())
+        message = line.receive()
+        if not isinstance(message, kind):
+            raise self._lost()
+        return message
+
+    def _await(self, fd: int) -> None:
+        """Wait for something to read; raises GeminiError when the launcher or a host ends first."""
+        poller = select.poll()
+        for awaited in (fd, self._launcher):
+            poller.register(awaited, select.POLLIN)
+        while fd not in (ready := [descriptor for descriptor, _ in poller.poll(WATCH_MS)]):
+            if ready or SHIELD in self._log.read_text(errors="replace"):
+                raise self._lost()
+
+    def _lost(self) -> GeminiError:
+        words = self._log.read_text(errors="replace").splitlines()
+        word = last_line([line for line in words if not line.startswith(SHIELD)])
+        return GeminiError(f"the MPI world of 2 window hosts broke down ({word})")
+
+
+def _interfaces() -> list[str]:
+    return sorted(name for _, name in socket.if_nameindex() if name != "lo" and _state(name) != "down")
+
+
+def _state(interface: str) -> str:
+    try:
+        return Path("/sys/class/net", interface, "operstate").read_text().strip()
+    except OSError:
+        return "unknown"
+
+
+# --- gloo -------------------------------------------------------------------------------------------------
+
+
+def gloo_group(case: Case) -> Finding:
+    """Two processes that load torch, as workers do, form an elastic group and vote."""
+    timeout = str(case.run.recovery.join_s)
+    ranks = [
+        subprocess.Popen(
+            [*DYING_WITH_US, sys.executable, "-m", "gemini_hpc.runtime.probes.rank", str(rank), GROUP_ADDRESS, timeout],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=(case.scratch / f"rank-{rank}.log").open("wb"),
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    stores = [_line(case, ranks, rank) for rank in range(2)]
+    for process in ranks:
+        assert process.stdin
+        process.stdin.write(stores[0])  # every worker offers one, and rank 0's is taken
+        process.stdin.flush()
+    load_s, join_s, vote_s = (
+        max(of_rank) for of_rank in zip(*(json.loads(_line(case, ranks, r)) for r in range(2)), strict=True)
+    )
+    found = (
+        f"torch loaded in {load_s:.1f} s; a group of 2 at {GROUP_ADDRESS} formed in {join_s * 1e3:.0f} ms; "
+        f"a vote of the ranks, one a step, takes {vote_s * 1e3:.2f} ms"
+    )
+    if join_s > SLOW_JOIN_S:
+        return warning(f"{found}: {LOCALHOST}")
+    return ok(found)
+
+
+def _line(case: Case, ranks: "list[subprocess.Popen[str]]", rank: int) -> str:
+    """Return the next line of a rank. Raises GeminiError when it has ended instead."""
+    output = ranks[rank].stdout
+    assert output
+    if line := output.readline():
+        return line
+    word = last_line((case.scratch / f"rank-{rank}.log").read_text(errors="replace").splitlines())
+    raise GeminiError(f"a process of the gloo group broke down ({word})")
