@@ -31,7 +31,6 @@ def reconcile(turn: Turn) -> None:
 def _keep_world(turn: Turn) -> None:
     """Keep one MPI world over the arenas of all living nodes."""
     rules, world = turn.cluster.rules, turn.cluster.world
-    hosts = tuple(m.node for m in turn.alive if m.snapshot_bytes)
     if world.state == "starting" and turn.now - world.since > rules.world_s:
         turn.world_lost(world.number, f"not ready after {rules.world_s:.0f} s")
     for holder in turn.cluster.pulls:
@@ -39,14 +38,17 @@ def _keep_world(turn: Turn) -> None:
             turn.note("host_lost", target=holder, reason="it does not answer")
             turn.shun_host(holder)
     world = turn.cluster.world
-    if world.state == "starting" or not hosts:
+    if world.state == "starting":
+        return
+    hosts = [m for m in turn.cluster.members.values() if m.alive and m.snapshot_bytes]
+    if not hosts:
         return
     if world.state == "none" and any(not m.snapshot_bytes for m in turn.alive):
         return  # at the start, one world for all rather than one for each that comes
     if world.state == "ready":
-        without = [node for node in hosts if turn.cluster.members[node].host_world != world.number]
-        if not without:
-            turn.set(world=changed(world, without_since=-1.0))
+        if all([m.host_world == world.number for m in hosts]):
+            if world.without_since >= 0:
+                turn.set(world=changed(world, without_since=-1.0))
             return
         if world.without_since < 0:
             turn.set(world=changed(world, without_since=turn.now))
@@ -57,8 +59,9 @@ def _keep_world(turn: Turn) -> None:
     if world.state == "lost" and turn.now - world.since < rest_s:
         return
     number = turn.cluster.worlds + 1
-    turn.set(worlds=number, pulls={}, world=World(number, hosts, "starting", turn.now, world.failures))
-    turn.order(StartWorld("", number, hosts))
+    nodes = tuple(m.node for m in hosts)
+    turn.set(worlds=number, pulls={}, world=World(number, nodes, "starting", turn.now, world.failures))
+    turn.order(StartWorld("", number, nodes))
     turn.note("world", number=number, state="started", reason="")
 
 

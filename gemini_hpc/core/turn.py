@@ -10,20 +10,23 @@ from gemini_hpc.core.types import FRESH, changed
 
 
 class Turn:
-    """One call of `coordinator.step`: a working copy of the state, the commands so far, and the moves on both."""
+    """One call of `coordinator.step`: a working copy of the state, the commands so far, and the moves on both.
+
+    The copy is made once and then changed in place, as is its `members`: copies at every change cost more than all
+    decisions together. Every other value in it is replaced, never changed: the state before still has it.
+    """
 
     def __init__(self, cluster: Cluster, now: float) -> None:
-        self.cluster = cluster
+        self._members = dict(cluster.members)
+        self.cluster = changed(cluster, members=self._members, last_turn=now)
         self.now = now
         self.commands: list[Command] = []
 
     def set(self, **changes: Any) -> None:
-        self.cluster = changed(self.cluster, **changes)
+        vars(self.cluster).update(changes)
 
     def set_member(self, node: str, **changes: Any) -> None:
-        members = dict(self.cluster.members)
-        members[node] = changed(members[node], **changes)
-        self.set(members=members)
+        self._members[node] = changed(self._members[node], **changes)
 
     def set_worker(self, node: str, worker: Worker, **changes: Any) -> None:
         self.set_member(node, worker=worker, worker_since=self.now, **changes)
@@ -117,9 +120,7 @@ class Turn:
         if self.cluster.members[node].alive and self.cluster.members[node].held is not None:
             self.evict(node, "its agent was started again")
         if not self.cluster.members[node].alive:
-            members = dict(self.cluster.members)
-            members[node] = Member(node, due=self.now + self.cluster.rules.build_s, worker_since=self.now)
-            self.set(members=members)
+            self._members[node] = Member(node, due=self.now + self.cluster.rules.build_s, worker_since=self.now)
             self.note("returned", target=node)
 
     def lose_worker(self, node: str, reason: str) -> None:
