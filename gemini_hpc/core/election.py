@@ -59,7 +59,7 @@ class Election:
 
     def may_act(self, now: float) -> bool:
         """Whether this node leads, and a majority answered what it sent within the lease."""
-        if not self.leads:
+        if self.leader != self.node:
             return False
         oldest = now - self.lease_s
         answered = {node for node, echo in self.echoes.items() if echo >= oldest}

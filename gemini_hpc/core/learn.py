@@ -70,8 +70,7 @@ def _on_tick(turn: Turn, _: Tick) -> None:
         if member.heard >= 0 and turn.now - member.heard > rules.heartbeat_timeout_s:
             turn.suspect(member.node, "heartbeat", f"silent for {turn.now - member.heard:.1f} s")
     for member in turn.alive:
-        since = min(member.evidence.values(), default=turn.now)
-        if turn.now - since > rules.suspect_s:
+        if member.evidence and turn.now - min(member.evidence.values()) > rules.suspect_s:
             turn.evict(member.node, f"{' and '.join(sorted(member.evidence))}, not heard of again")
         elif member.held is None and turn.now > member.due:
             turn.evict(member.node, "it did not report in time")
@@ -221,12 +220,11 @@ def _on_sealed(turn: Turn, event: Sealed) -> None:
 
 def _is_overtaken(cluster: Cluster, event: Sealed) -> bool:
     """Whether a newer snapshot took its place: an agent says again what it said, and messages may cross."""
-    newer = (
-        places[event.node]
-        for (rank, at_step), places in cluster.copies.items()
-        if rank == event.rank and at_step > event.step and event.node in places
-    )
-    return event.step < cluster.safe_step or any((copy.area, copy.half) == (0, event.half) for copy in newer)
+    if event.step < cluster.safe_step:
+        return True
+    newer = [p for (rank, at_step), p in cluster.copies.items() if at_step > event.step and rank == event.rank]
+    copies = [places[event.node] for places in newer if event.node in places]
+    return any((copy.area, copy.half) == (0, event.half) for copy in copies)
 
 
 def _on_copied(turn: Turn, event: Copied) -> None:

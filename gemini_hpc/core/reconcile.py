@@ -202,12 +202,11 @@ def _fetch(turn: Turn, rank: int, node: str) -> None:
 def _pull(turn: Turn, want: replication.Missing) -> bool:
     """Order one read, if both hosts are up and it is the pair's turn. Replicas mirror the owner's half."""
     cluster, world = turn.cluster, turn.cluster.world
-    hosts = (cluster.members[want.holder], cluster.members[want.source])
-    if world.state != "ready" or any(m.host_world != world.number for m in hosts):
+    if world.state != "ready" or not replication.turn_is_free(cluster.pulls, want.holder, want.source):
+        return False
+    if any(cluster.members[node].host_world != world.number for node in (want.holder, want.source)):
         return False
     if turn.now < cluster.not_before.get(want.holder, 0.0):
-        return False
-    if not replication.turn_is_free(cluster.pulls, want.holder, want.source):
         return False
     pull = Pull(
         node=want.holder,

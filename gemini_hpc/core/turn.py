@@ -164,24 +164,29 @@ class Turn:
         self.note("world", number=number, state="lost", reason=reason)
 
     def add_copy(self, rank: int, at_step: int, node: str, copy: Copy) -> None:
-        copies: dict[tuple[int, int], Mapping[str, Copy]] = dict(self.cluster.copies)
-        for (other_rank, other_step), places in self.cluster.copies.items():
+        """It lies in the node's arena, and what lay in that place before does not any more."""
+        held = self.cluster.copies.get((rank, at_step), {})
+        if held.get(node) == copy:
+            return  # said again
+        for other, places in self.cluster.copies.items():
             here = places.get(node)
-            if here and other_step != at_step and (here.area, here.half) == (copy.area, copy.half):
-                copies[other_rank, other_step] = {n: c for n, c in places.items() if n != node}
-        copies[rank, at_step] = {**copies.get((rank, at_step), {}), node: copy}
-        self.set(copies={key: places for key, places in copies.items() if places})
+            if here and other[1] != at_step and here.half == copy.half and here.area == copy.area:
+                self.drop_copy(*other, node)
+        self.set(copies={**self.cluster.copies, (rank, at_step): {**held, node: copy}})
 
     def drop_copy(self, rank: int, at_step: int, node: str) -> None:
-        copies = dict(self.cluster.copies)
-        copies[rank, at_step] = {n: c for n, c in copies.get((rank, at_step), {}).items() if n != node}
-        self.set(copies={key: places for key, places in copies.items() if places})
+        copies, places = dict(self.cluster.copies), dict(self.cluster.copies.get((rank, at_step), {}))
+        places.pop(node, None)
+        if places:
+            copies[rank, at_step] = places
+        else:
+            copies.pop((rank, at_step), None)
+        self.set(copies=copies)
 
     def _forget_copies_on(self, node: str) -> None:
-        kept = {
-            key: {n: copy for n, copy in places.items() if n != node} for key, places in self.cluster.copies.items()
-        }
-        self.set(copies={key: places for key, places in kept.items() if places})
+        for (rank, at_step), places in self.cluster.copies.items():
+            if node in places:
+                self.drop_copy(rank, at_step, node)
 
     def save_and_stop(self, reason: str) -> None:
         """The run cannot go on: save the newest complete step first, so that nothing is lost."""

@@ -291,12 +291,10 @@ class Node:
         if orders or before is not seat.cluster:
             self.sim.decided(self, before, event, orders)
         for order in orders:
-            if isinstance(order, m.Note):
-                continue
-            if isinstance(order, m.StartWorld) or (isinstance(order, (m.Finish, m.Lead)) and not order.node):
-                self.say_to_cluster(order)
-            elif order.node in self._lives:
+            if order.node in self._lives:
                 self._send(order.node, self._lives[order.node], order)
+            elif not order.node and not isinstance(order, m.Note):
+                self.say_to_cluster(order)
 
     def _send(self, to: str, life: int, message: m.Message) -> None:
         """To a life of a node, which is the one that is now or one before it."""
