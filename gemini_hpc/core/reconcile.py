@@ -5,7 +5,7 @@ from typing import Any
 
 from gemini_hpc.core import recovery, replication
 from gemini_hpc.core.messages import Join, Load, Persist, Pull, Safe, StartWorld
-from gemini_hpc.core.state import Phase, Source, Worker, World
+from gemini_hpc.core.state import Missing, Phase, Source, Worker, World
 from gemini_hpc.core.turn import Turn
 from gemini_hpc.core.types import FRESH, changed
 
@@ -194,12 +194,12 @@ def _fetch(turn: Turn, rank: int, node: str) -> None:
     else:
         places = cluster.copies[rank, plan.step]
         source = min(places, key=lambda place: (cluster.misses.get((rank, plan.step, place), 0), place))
-        if not _pull(turn, replication.Missing(rank, plan.step, node, 0, source, places[source])):
+        if not _pull(turn, Missing(rank, plan.step, node, 0, source, places[source])):
             return
     turn.note("fetch_started", rank=rank, source=source, tier=tier, generation=cluster.generation)
 
 
-def _pull(turn: Turn, want: replication.Missing) -> bool:
+def _pull(turn: Turn, want: Missing) -> bool:
     """Order one read, if both hosts are up and it is the pair's turn. Replicas mirror the owner's half."""
     cluster, world = turn.cluster, turn.cluster.world
     if world.state != "ready" or not replication.turn_is_free(cluster.pulls, want.holder, want.source):
@@ -245,9 +245,14 @@ def _watch_join(turn: Turn) -> None:
 
 def _run(turn: Turn) -> None:
     cluster = turn.cluster
-    for want in replication.missing(cluster):
+    news = cluster.copies is not cluster.examined
+    if news:
+        turn.set(missing=tuple(replication.missing(cluster)))
+    for want in cluster.missing:
         _pull(turn, want)
-    _advance_safe(turn)
+    if news:
+        _advance_safe(turn)
+        turn.set(examined=cluster.copies)
     _start_persist(turn)
     _end_run(turn)
     if turn.cluster.phase is Phase.RUNNING and 0 <= cluster.trouble_since < turn.now - cluster.rules.suspect_s:

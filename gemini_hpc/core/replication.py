@@ -7,34 +7,21 @@ case: what is missing is pulled.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from gemini_hpc.core.messages import Pull
 from gemini_hpc.core.placement import held_by, holders
-from gemini_hpc.core.state import Cluster, Copy
-
-
-@dataclass(frozen=True)
-class Missing:
-    """A replica that the placement asks for and that is not verified yet."""
-
-    rank: int
-    step: int
-    holder: str
-    area: int
-    source: str
-    copy: Copy
+from gemini_hpc.core.state import Cluster, Missing
 
 
 def missing(cluster: Cluster) -> Iterator[Missing]:
     """Yield the missing replicas of every rank's newest sealed snapshot, in rank order; of a safe one none is."""
-    rules = cluster.rules
-    keepers = holders(rules.world_size, rules.replicas)
-    areas = held_by(rules.world_size, rules.replicas)
     newest: dict[int, int] = {}
     for (rank, step), places in cluster.copies.items():
         if step > newest.get(rank, cluster.safe_step) and cluster.ranks[rank] in places:
             newest[rank] = step
+    rules = cluster.rules
+    keepers = holders(rules.world_size, rules.replicas)
+    areas = held_by(rules.world_size, rules.replicas)
     for rank, step in sorted(newest.items()):
         owner = cluster.ranks[rank]
         places = cluster.copies[rank, step]

@@ -195,11 +195,9 @@ class Node:
 
     def arrive(self, life: int, sender: str, sender_life: int, message: m.Message) -> None:
         """Something reaches the socket of the agent's life `life`."""
-        if not self.up or life != self.life:
-            return
         if self.paused:
-            self._inbox.append((self._take, sender, sender_life, message))
-        else:
+            self._inbox.append((self.arrive, life, sender, sender_life, message))
+        elif self.up and life == self.life:
             self._take(sender, sender_life, message)
 
     def from_child(self, message: m.Event) -> None:

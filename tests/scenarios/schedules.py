@@ -5,6 +5,7 @@
 """
 
 import argparse
+import gc
 import multiprocessing
 import random
 import sys
@@ -262,7 +263,7 @@ def sweep(seeds: range, processes: int) -> Iterator[Result]:
     if processes == 1:
         yield from map(result_of, seeds)
         return
-    with multiprocessing.Pool(processes) as pool:
+    with multiprocessing.Pool(processes, initializer=gc.freeze) as pool:
         yield from pool.imap_unordered(result_of, seeds, chunksize=50)
 
 
