@@ -71,12 +71,13 @@ def _form(turn: Turn) -> None:
         return  # a new coordinator first hears from all who live what they have
     if not turn.cluster.counted:
         turn.set(counted=True, ranks=recovery.last_ranks(turn.alive), copies=recovery.all_copies(turn.alive))
-    step, _ = recovery.newest_complete(turn.cluster.copies, turn.cluster.rules.world_size)
-    if step == FRESH and not turn.cluster.surveyed:  # nobody waits for a file system that is not needed
-        if turn.in_phase_for() > turn.cluster.rules.finish_s:
-            turn.save_and_stop("the persistent tier does not say which checkpoints it has")
-        return
     cluster = turn.cluster
+    if not cluster.surveyed:  # nobody waits for a file system that is not needed
+        step, _ = recovery.newest_complete(cluster.copies, cluster.rules.world_size)
+        if step == FRESH and turn.in_phase_for() > cluster.rules.finish_s:
+            turn.save_and_stop("the persistent tier does not say which checkpoints it has")
+        if step == FRESH:
+            return
     if not cluster.begun and any(m.worker is not Worker.IDLE for m in turn.alive):
         return  # the first time, wait for all that were asked for
     if cluster.fruitless > cluster.rules.max_fruitless:

@@ -151,9 +151,10 @@ class Turn:
         self.set_member(node, host_world=0)
         pulls = {holder: pull for holder, pull in self.cluster.pulls.items() if node not in (holder, pull.source)}
         self.set(pulls=pulls)
+        gone = (world.members.index(node),)
         for other in self.alive:
             if other.host_world == world.number:
-                self.order(Gone(other.node, world.number, (world.members.index(node),)))
+                self.order(Gone(other.node, world.number, gone))
 
     def world_lost(self, number: int, reason: str) -> None:
         world = self.cluster.world
