@@ -46,7 +46,8 @@ def _keep_world(turn: Turn) -> None:
     if world.state == "none" and any(not m.snapshot_bytes for m in turn.alive):
         return  # at the start, one world for all rather than one for each that comes
     if world.state == "ready":
-        if all([m.host_world == world.number for m in hosts]):
+        without = [m for m in hosts if m.host_world != world.number]
+        if not without:
             if world.without_since >= 0:
                 turn.set(world=changed(world, without_since=-1.0))
             return

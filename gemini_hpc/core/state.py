@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from gemini_hpc.core.messages import Pull
 from gemini_hpc.core.types import FRESH
@@ -78,8 +79,7 @@ class Copy:
     origin: int  # the generation that trained it; 0: from the persistent tier. Equal steps of one origin fit together
 
 
-@dataclass(frozen=True)
-class Missing:
+class Missing(NamedTuple):
     """A replica that the placement asks for and that is not verified yet."""
 
     rank: int

@@ -1,6 +1,5 @@
 """The moves that the coordinator can make: each changes what is known and says what is to be done."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from gemini_hpc.core.messages import Abort, Command, Finish, Gone, Note, Publish, RestartWorker, Retire

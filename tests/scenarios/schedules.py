@@ -5,7 +5,6 @@
 """
 
 import argparse
-import gc
 import multiprocessing
 import random
 import sys
@@ -263,7 +262,7 @@ def sweep(seeds: range, processes: int) -> Iterator[Result]:
     if processes == 1:
         yield from map(result_of, seeds)
         return
-    with multiprocessing.Pool(processes, initializer=gc.freeze) as pool:
+    with multiprocessing.Pool(processes) as pool:
         yield from pool.imap_unordered(result_of, seeds, chunksize=50)
 
 
