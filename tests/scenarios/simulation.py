@@ -339,7 +339,8 @@ class Simulation:
             self.after(seconds + 0.01, self._break_lines, lines)
 
     def _break_lines(self, lines: tuple[Line, ...]) -> None:
-        for one, other in {tuple(sorted(line)) for line in lines if CLUSTER not in line}:
+        pairs = dict.fromkeys(tuple(sorted(line)) for line in lines if CLUSTER not in line)  # a set has no fixed order
+        for one, other in pairs:
             for end, far in ((self.nodes[one], other), (self.nodes[other], one)):
                 if end.up and end.seat.cluster is not None:
                     end.from_child(m.Disconnected(far))
