@@ -17,13 +17,13 @@ STALL_SHARE = 0.5
 
 def step(cluster: Cluster, now: float, event: Event) -> tuple[Cluster, list[Command]]:
     """Take one event at time `now` (seconds, any monotonic clock); return the new state and the orders."""
+    if cluster.phase is Phase.FINISHED:
+        return cluster, []
     turn = Turn(cluster, now)
-    if cluster.phase is not Phase.FINISHED:
-        pause_s = now - cluster.last_turn
-        if cluster.last_turn >= 0 and pause_s > STALL_SHARE * cluster.rules.heartbeat_timeout_s:
-            turn.forgive(pause_s)
-        turn.set(last_turn=now)
-        learn(turn, event)
-        if not isinstance(event, Heartbeat):  # there are many; the next tick looks at what they mean
-            reconcile(turn)
+    pause_s = now - cluster.last_turn
+    if cluster.last_turn >= 0 and pause_s > STALL_SHARE * cluster.rules.heartbeat_timeout_s:
+        turn.forgive(pause_s)
+    learn(turn, event)
+    if not isinstance(event, Heartbeat):  # there are many; the next tick looks at what they mean
+        reconcile(turn)
     return turn.cluster, turn.commands

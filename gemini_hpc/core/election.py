@@ -59,11 +59,12 @@ class Election:
 
     def may_act(self, now: float) -> bool:
         """Whether this node leads, and a majority answered what it sent within the lease."""
-        if not self.leads:
+        if self.leader != self.node:
             return False
         oldest = now - self.lease_s
         answered = {node for node, echo in self.echoes.items() if echo >= oldest}
-        return self.is_majority(answered | {self.node}, now)
+        answered.add(self.node)
+        return self.is_majority(answered, now)
 
     def is_majority(self, some: Set[str], now: float) -> bool:
         """Whether `some` are more than half of the voters that count."""
@@ -99,8 +100,10 @@ def _on_tick(election: Election, now: float, _: Tick) -> Step:
         if election.may_act(now):
             election = changed(election, granted_at=now)
         return _beat(election, now) if now - election.asked >= election.beat_s else (election, [])
+    if election.follows(now):
+        return election, []
     present = election.present()
-    if election.node not in present or election.follows(now):
+    if election.node not in present:
         return election, []
     if now >= election.free_since + present.index(election.node) * election.beat_s:
         return _stand(election, now)

@@ -41,52 +41,58 @@ REST_S = 0.2
 
 def learn(turn: Turn, event: Event) -> None:
     """Change what is known by one event."""
-    if isinstance(event, Tick):
-        _tick(turn)
-        return
-    if isinstance(event, WorldFailed):
-        turn.world_lost(event.world, event.reason)
-        return
-    if isinstance(event, Surveyed):
-        _on_surveyed(turn, event)
-        return
-    if isinstance(event, NodeUp) and event.node in turn.cluster.members:
-        turn.welcome(event.node)
+    kind = type(event)
+    if kind in _OF_THE_CLUSTER:
+        _OF_THE_CLUSTER[kind](turn, event)
         return
     member = turn.cluster.members.get(event.node)
     if member is None or not member.alive:
         return  # a stranger, or an evicted node that does not know it yet
-    if isinstance(event, NodeExited):
-        turn.evict(event.node, event.reason)
-        return
-    if isinstance(event, Disconnected):
-        turn.suspect(event.node, "connection", "its control connection broke")
+    if kind in _EVIDENCE:
+        _EVIDENCE[kind](turn, event)
         return
     _heard(turn, member)
-    handler = _HANDLERS.get(type(event))
-    if handler is not None:
-        handler(turn, event)
+    if kind in _SAID:
+        _SAID[kind](turn, event)
 
 
 def _heard(turn: Turn, member: Member) -> None:
-    if member.evidence:
-        turn.note("cleared", target=member.node, reason="it spoke again")
+    if not member.evidence:
+        turn.set_member(member.node, heard=turn.now)
+        return
+    turn.note("cleared", target=member.node, reason="it spoke again")
     turn.set_member(member.node, heard=turn.now, evidence={})
 
 
-def _tick(turn: Turn) -> None:
+def _on_tick(turn: Turn, _: Tick) -> None:
     rules = turn.cluster.rules
     for member in turn.alive:
         if member.heard >= 0 and turn.now - member.heard > rules.heartbeat_timeout_s:
             turn.suspect(member.node, "heartbeat", f"silent for {turn.now - member.heard:.1f} s")
     for member in turn.alive:
-        since = min(member.evidence.values(), default=turn.now)
-        if turn.now - since > rules.suspect_s:
+        if member.evidence and turn.now - min(member.evidence.values()) > rules.suspect_s:
             turn.evict(member.node, f"{' and '.join(sorted(member.evidence))}, not heard of again")
         elif member.held is None and turn.now > member.due:
             turn.evict(member.node, "it did not report in time")
         elif member.worker is Worker.BUILDING and turn.now - member.worker_since > rules.build_s:
             turn.lose_worker(member.node, f"not ready after {rules.build_s:.0f} s")
+
+
+def _on_world_failed(turn: Turn, event: WorldFailed) -> None:
+    turn.world_lost(event.world, event.reason)
+
+
+def _on_node_up(turn: Turn, event: NodeUp) -> None:
+    if event.node in turn.cluster.members:
+        turn.welcome(event.node)
+
+
+def _on_node_exited(turn: Turn, event: NodeExited) -> None:
+    turn.evict(event.node, event.reason)
+
+
+def _on_disconnected(turn: Turn, event: Disconnected) -> None:
+    turn.suspect(event.node, "connection", "its control connection broke")
 
 
 def _on_inventory(turn: Turn, event: Inventory) -> None:
@@ -195,9 +201,9 @@ def _on_stepped(turn: Turn, event: Stepped) -> None:
         return
     stepped = {**cluster.stepped, event.rank: event.step}
     complete = len(stepped) == cluster.rules.world_size
-    turn.set(stepped=stepped)
-    if complete and len(cluster.stepped) < len(stepped):
+    if complete and event.rank not in cluster.stepped:
         turn.note("first_step", generation=event.generation, step=event.step)
+    turn.set(stepped=stepped)
     if complete and cluster.fruitless and min(stepped.values()) > cluster.furthest:
         turn.set(fruitless=0)  # further than ever: the next failure is a new one. A step done again proves nothing
         for node in cluster.ranks.values():
@@ -215,12 +221,11 @@ def _on_sealed(turn: Turn, event: Sealed) -> None:
 
 def _is_overtaken(cluster: Cluster, event: Sealed) -> bool:
     """Whether a newer snapshot took its place: an agent says again what it said, and messages may cross."""
-    newer = (
-        places[event.node]
-        for (rank, at_step), places in cluster.copies.items()
-        if rank == event.rank and at_step > event.step and event.node in places
-    )
-    return event.step < cluster.safe_step or any((copy.area, copy.half) == (0, event.half) for copy in newer)
+    if event.step < cluster.safe_step:
+        return True
+    newer = [p for (rank, at_step), p in cluster.copies.items() if at_step > event.step and rank == event.rank]
+    copies = [places[event.node] for places in newer if event.node in places]
+    return any((copy.area, copy.half) == (0, event.half) for copy in copies)
 
 
 def _on_copied(turn: Turn, event: Copied) -> None:
@@ -352,7 +357,19 @@ def _on_published(turn: Turn, event: Published) -> None:
     turn.end_persist()
 
 
-_HANDLERS: dict[type[Event], Callable[[Turn, Any], None]] = {
+Handlers = dict[type[Event], Callable[[Turn, Any], None]]
+
+_OF_THE_CLUSTER: Handlers = {
+    Tick: _on_tick,
+    WorldFailed: _on_world_failed,
+    Surveyed: _on_surveyed,
+    NodeUp: _on_node_up,
+}
+_EVIDENCE: Handlers = {
+    NodeExited: _on_node_exited,
+    Disconnected: _on_disconnected,
+}
+_SAID: Handlers = {
     WorkerReady: _on_worker_ready,
     WorkerLost: _on_worker_lost,
     Trouble: _on_trouble,

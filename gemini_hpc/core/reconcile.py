@@ -5,7 +5,7 @@ from typing import Any
 
 from gemini_hpc.core import recovery, replication
 from gemini_hpc.core.messages import Join, Load, Persist, Pull, Safe, StartWorld
-from gemini_hpc.core.state import Phase, Source, Worker, World
+from gemini_hpc.core.state import Missing, Phase, Source, Worker, World
 from gemini_hpc.core.turn import Turn
 from gemini_hpc.core.types import FRESH, changed
 
@@ -31,7 +31,6 @@ def reconcile(turn: Turn) -> None:
 def _keep_world(turn: Turn) -> None:
     """Keep one MPI world over the arenas of all living nodes."""
     rules, world = turn.cluster.rules, turn.cluster.world
-    hosts = tuple(m.node for m in turn.alive if m.snapshot_bytes)
     if world.state == "starting" and turn.now - world.since > rules.world_s:
         turn.world_lost(world.number, f"not ready after {rules.world_s:.0f} s")
     for holder in turn.cluster.pulls:
@@ -39,14 +38,18 @@ def _keep_world(turn: Turn) -> None:
             turn.note("host_lost", target=holder, reason="it does not answer")
             turn.shun_host(holder)
     world = turn.cluster.world
-    if world.state == "starting" or not hosts:
+    if world.state == "starting":
+        return
+    hosts = [m for m in turn.cluster.members.values() if m.alive and m.snapshot_bytes]
+    if not hosts:
         return
     if world.state == "none" and any(not m.snapshot_bytes for m in turn.alive):
         return  # at the start, one world for all rather than one for each that comes
     if world.state == "ready":
-        without = [node for node in hosts if turn.cluster.members[node].host_world != world.number]
+        without = [m for m in hosts if m.host_world != world.number]
         if not without:
-            turn.set(world=changed(world, without_since=-1.0))
+            if world.without_since >= 0:
+                turn.set(world=changed(world, without_since=-1.0))
             return
         if world.without_since < 0:
             turn.set(world=changed(world, without_since=turn.now))
@@ -57,8 +60,9 @@ def _keep_world(turn: Turn) -> None:
     if world.state == "lost" and turn.now - world.since < rest_s:
         return
     number = turn.cluster.worlds + 1
-    turn.set(worlds=number, pulls={}, world=World(number, hosts, "starting", turn.now, world.failures))
-    turn.order(StartWorld("", number, hosts))
+    nodes = tuple(m.node for m in hosts)
+    turn.set(worlds=number, pulls={}, world=World(number, nodes, "starting", turn.now, world.failures))
+    turn.order(StartWorld("", number, nodes))
     turn.note("world", number=number, state="started", reason="")
 
 
@@ -68,12 +72,13 @@ def _form(turn: Turn) -> None:
         return  # a new coordinator first hears from all who live what they have
     if not turn.cluster.counted:
         turn.set(counted=True, ranks=recovery.last_ranks(turn.alive), copies=recovery.all_copies(turn.alive))
-    step, _ = recovery.newest_complete(turn.cluster.copies, turn.cluster.rules.world_size)
-    if step == FRESH and not turn.cluster.surveyed:  # nobody waits for a file system that is not needed
-        if turn.in_phase_for() > turn.cluster.rules.finish_s:
-            turn.save_and_stop("the persistent tier does not say which checkpoints it has")
-        return
     cluster = turn.cluster
+    if not cluster.surveyed:  # nobody waits for a file system that is not needed
+        step, _ = recovery.newest_complete(cluster.copies, cluster.rules.world_size)
+        if step == FRESH and turn.in_phase_for() > cluster.rules.finish_s:
+            turn.save_and_stop("the persistent tier does not say which checkpoints it has")
+        if step == FRESH:
+            return
     if not cluster.begun and any(m.worker is not Worker.IDLE for m in turn.alive):
         return  # the first time, wait for all that were asked for
     if cluster.fruitless > cluster.rules.max_fruitless:
@@ -191,20 +196,19 @@ def _fetch(turn: Turn, rank: int, node: str) -> None:
     else:
         places = cluster.copies[rank, plan.step]
         source = min(places, key=lambda place: (cluster.misses.get((rank, plan.step, place), 0), place))
-        if not _pull(turn, replication.Missing(rank, plan.step, node, 0, source, places[source])):
+        if not _pull(turn, Missing(rank, plan.step, node, 0, source, places[source])):
             return
     turn.note("fetch_started", rank=rank, source=source, tier=tier, generation=cluster.generation)
 
 
-def _pull(turn: Turn, want: replication.Missing) -> bool:
+def _pull(turn: Turn, want: Missing) -> bool:
     """Order one read, if both hosts are up and it is the pair's turn. Replicas mirror the owner's half."""
     cluster, world = turn.cluster, turn.cluster.world
-    hosts = (cluster.members[want.holder], cluster.members[want.source])
-    if world.state != "ready" or any(m.host_world != world.number for m in hosts):
+    if world.state != "ready" or not replication.turn_is_free(cluster.pulls, want.holder, want.source):
+        return False
+    if any(cluster.members[node].host_world != world.number for node in (want.holder, want.source)):
         return False
     if turn.now < cluster.not_before.get(want.holder, 0.0):
-        return False
-    if not replication.turn_is_free(cluster.pulls, want.holder, want.source):
         return False
     pull = Pull(
         node=want.holder,
@@ -243,9 +247,14 @@ def _watch_join(turn: Turn) -> None:
 
 def _run(turn: Turn) -> None:
     cluster = turn.cluster
-    for want in replication.missing(cluster):
+    news = cluster.copies is not cluster.examined
+    if news:
+        turn.set(missing=tuple(replication.missing(cluster)))
+    for want in cluster.missing:
         _pull(turn, want)
-    _advance_safe(turn)
+    if news:
+        _advance_safe(turn)
+        turn.set(examined=cluster.copies)
     _start_persist(turn)
     _end_run(turn)
     if turn.cluster.phase is Phase.RUNNING and 0 <= cluster.trouble_since < turn.now - cluster.rules.suspect_s:

@@ -14,8 +14,9 @@ def plan(cluster: Cluster) -> Plan | None:
     step, origin = newest_complete(cluster.copies, cluster.rules.world_size)
     published = cluster.published.step if cluster.published else FRESH
     if step > FRESH and step >= published:
-        copies = of_one_history(cluster.copies, step, origin)
-        sources = {rank: _memory_source(copies, rank, step, node) for rank, node in ranks.items()}
+        sources = {}
+        for rank, node in ranks.items():
+            sources[rank] = _memory_source(_of_origin(cluster.copies[rank, step], origin), node)
         reason = f"step {step} is the newest with a verified snapshot of every rank in memory"
         return Plan(step, origin, ranks, sources, reason)
     if published > FRESH:
@@ -30,9 +31,9 @@ def assign(cluster: Cluster) -> dict[int, str] | None:
     taken = set(ranks.values())
     spares = [m for m in cluster.members.values() if m.alive and m.held is not None and m.node not in taken]
     for as_built in (True, False):  # an engine that is built as this rank already is the best choice
-        for rank in range(cluster.rules.world_size):
+        for rank in [rank for rank in range(cluster.rules.world_size) if rank not in ranks]:
             fits = [m for m in spares if not as_built or (m.built_rank == rank and m.worker is Worker.IDLE)]
-            if rank not in ranks and fits:
+            if fits:
                 # best one whose arena is empty: what an evicted node still holds is overwritten when it takes a rank
                 chosen = min(
                     fits, key=lambda member: (member.worker is not Worker.IDLE, bool(member.held), member.node)
@@ -77,14 +78,17 @@ def of_one_history(copies: Copies, step: int, origin: int) -> dict[tuple[int, in
     kept: dict[tuple[int, int], Mapping[str, Copy]] = {}
     for (rank, at_step), places in copies.items():
         if at_step == step:
-            kept[rank, at_step] = {node: copy for node, copy in places.items() if copy.origin == origin}
+            kept[rank, at_step] = _of_origin(places, origin)
         elif at_step < step:
             kept[rank, at_step] = places
     return {key: places for key, places in kept.items() if places}
 
 
-def _memory_source(copies: Copies, rank: int, step: int, node: str) -> Source:
-    places = copies[rank, step]
+def _of_origin(places: Mapping[str, Copy], origin: int) -> dict[str, Copy]:
+    return {node: copy for node, copy in places.items() if copy.origin == origin}
+
+
+def _memory_source(places: Mapping[str, Copy], node: str) -> Source:
     if node in places and places[node].area == 0:
         return Source("local", node)
     return Source("peer", min(places))  # perhaps the node itself: what it holds for another is not where it restores

@@ -7,35 +7,21 @@ case: what is missing is pulled.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from gemini_hpc.core.messages import Pull
 from gemini_hpc.core.placement import held_by, holders
-from gemini_hpc.core.state import Cluster, Copy
-from gemini_hpc.core.types import FRESH
-
-
-@dataclass(frozen=True)
-class Missing:
-    """A replica that the placement asks for and that is not verified yet."""
-
-    rank: int
-    step: int
-    holder: str
-    area: int
-    source: str
-    copy: Copy
+from gemini_hpc.core.state import Cluster, Missing
 
 
 def missing(cluster: Cluster) -> Iterator[Missing]:
-    """Yield the missing replicas of every rank's newest sealed snapshot, in rank order."""
+    """Yield the missing replicas of every rank's newest sealed snapshot, in rank order; of a safe one none is."""
+    newest: dict[int, int] = {}
+    for (rank, step), places in cluster.copies.items():
+        if step > newest.get(rank, cluster.safe_step) and cluster.ranks[rank] in places:
+            newest[rank] = step
     rules = cluster.rules
     keepers = holders(rules.world_size, rules.replicas)
     areas = held_by(rules.world_size, rules.replicas)
-    newest: dict[int, int] = {}
-    for (rank, step), places in cluster.copies.items():
-        if cluster.ranks[rank] in places:
-            newest[rank] = max(step, newest.get(rank, FRESH))
     for rank, step in sorted(newest.items()):
         owner = cluster.ranks[rank]
         places = cluster.copies[rank, step]
@@ -55,10 +41,10 @@ def turn_is_free(pulls: Mapping[str, Pull], holder: str, source: str) -> bool:
 
 
 def newest_safe(cluster: Cluster) -> int:
-    """Newest step whose snapshot is verified on all its holders, for every rank; FRESH when none."""
+    """Newest step whose snapshot is verified on all its holders, for every rank; what it was when none is newer."""
     rules = cluster.rules
     keepers = holders(rules.world_size, rules.replicas)
-    steps = {step for _, step in cluster.copies}
+    steps = {step for _, step in cluster.copies if step > cluster.safe_step}
     for step in sorted(steps, reverse=True):
         if all(
             cluster.ranks[keeper] in cluster.copies.get((rank, step), {})
@@ -66,4 +52,4 @@ def newest_safe(cluster: Cluster) -> int:
             for keeper in keepers[rank]
         ):
             return step
-    return FRESH
+    return cluster.safe_step

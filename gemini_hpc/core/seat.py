@@ -9,6 +9,8 @@ from gemini_hpc.core import coordinator, election
 from gemini_hpc.core.messages import Command, Event, Lead, NodeExited, NodeUp, Note, RequestVote, Tick
 from gemini_hpc.core.state import Cluster, Rules, new_cluster
 
+TICK = Tick("")
+
 
 class Seat:
     """`hear` and `tick` return orders to carry out: for agents, for the cluster (node ""), for the event log (Note)."""
@@ -55,18 +57,20 @@ class Seat:
 
     def tick(self, now: float) -> list[Command]:
         """Take the time."""
-        orders = self._elect(now, Tick("")) + self._act(now)
+        orders = self._elect(now, TICK) + self._act(now)
         if self.cluster is not None and not self._unheard and self.election.may_act(now):
-            self._unheard.append(Tick(""))
-            orders += self._act(now)
+            self.cluster, decided = coordinator.step(self.cluster, now, TICK)
+            orders += decided
         return orders
 
     def _elect(self, now: float, event: Event) -> list[Command]:
-        heard, before = self.election.heard, self.election.leader
-        self.election, said = election.step(self.election, now, event)
+        before = self.election
+        self.election, said = election.step(before, now, event)
+        if self.election is before:
+            return []  # most of what is heard says nothing of who leads
         orders = [order for order in said if isinstance(order, Command)]
-        if self._change_role(now, heard):
-            reason = f"elected in term {self.election.term}" + (f" after {before}" if before else "")
+        if self._change_role(now, before.heard):
+            reason = f"elected in term {self.election.term}" + (f" after {before.leader}" if before.leader else "")
             orders.append(Note("", "coordinator", {"target": self.election.node, "reason": reason}))
         return orders
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from gemini_hpc.core.messages import Pull
 from gemini_hpc.core.types import FRESH
@@ -78,6 +79,17 @@ class Copy:
     origin: int  # the generation that trained it; 0: from the persistent tier. Equal steps of one origin fit together
 
 
+class Missing(NamedTuple):
+    """A replica that the placement asks for and that is not verified yet."""
+
+    rank: int
+    step: int
+    holder: str
+    area: int
+    source: str
+    copy: Copy
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a rank's snapshot comes from: tier fresh, local, peer (from `node`) or persistent."""
@@ -143,6 +155,8 @@ class Cluster:
     trouble_since: float = -1.0  # a collective of this generation failed
     last_turn: float = -1.0  # when the last event was taken
     copies: Copies = field(default_factory=dict)
+    examined: Copies | None = None  # the `copies` of which `missing` tells; kept, for most events bring no copy
+    missing: tuple[Missing, ...] = ()
     pulls: Mapping[str, Pull] = field(default_factory=dict)  # holder -> its one outstanding pull
     pull_since: Mapping[str, float] = field(default_factory=dict)  # holder -> when it was ordered
     not_before: Mapping[str, float] = field(default_factory=dict)  # node -> when it may read again after a failure

@@ -1,6 +1,5 @@
 """The moves that the coordinator can make: each changes what is known and says what is to be done."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from gemini_hpc.core.messages import Abort, Command, Finish, Gone, Note, Publish, RestartWorker, Retire
@@ -10,20 +9,23 @@ from gemini_hpc.core.types import FRESH, changed
 
 
 class Turn:
-    """One call of `coordinator.step`: a working copy of the state, the commands so far, and the moves on both."""
+    """One call of `coordinator.step`: a working copy of the state, the commands so far, and the moves on both.
+
+    The copy is made once and then changed in place, as is its `members`: copies at every change cost more than all
+    decisions together. Every other value in it is replaced, never changed: the state before still has it.
+    """
 
     def __init__(self, cluster: Cluster, now: float) -> None:
-        self.cluster = cluster
+        self._members = dict(cluster.members)
+        self.cluster = changed(cluster, members=self._members, last_turn=now)
         self.now = now
         self.commands: list[Command] = []
 
     def set(self, **changes: Any) -> None:
-        self.cluster = changed(self.cluster, **changes)
+        vars(self.cluster).update(changes)
 
     def set_member(self, node: str, **changes: Any) -> None:
-        members = dict(self.cluster.members)
-        members[node] = changed(members[node], **changes)
-        self.set(members=members)
+        self._members[node] = changed(self._members[node], **changes)
 
     def set_worker(self, node: str, worker: Worker, **changes: Any) -> None:
         self.set_member(node, worker=worker, worker_since=self.now, **changes)
@@ -117,9 +119,7 @@ class Turn:
         if self.cluster.members[node].alive and self.cluster.members[node].held is not None:
             self.evict(node, "its agent was started again")
         if not self.cluster.members[node].alive:
-            members = dict(self.cluster.members)
-            members[node] = Member(node, due=self.now + self.cluster.rules.build_s, worker_since=self.now)
-            self.set(members=members)
+            self._members[node] = Member(node, due=self.now + self.cluster.rules.build_s, worker_since=self.now)
             self.note("returned", target=node)
 
     def lose_worker(self, node: str, reason: str) -> None:
@@ -150,9 +150,10 @@ class Turn:
         self.set_member(node, host_world=0)
         pulls = {holder: pull for holder, pull in self.cluster.pulls.items() if node not in (holder, pull.source)}
         self.set(pulls=pulls)
+        gone = (world.members.index(node),)
         for other in self.alive:
             if other.host_world == world.number:
-                self.order(Gone(other.node, world.number, (world.members.index(node),)))
+                self.order(Gone(other.node, world.number, gone))
 
     def world_lost(self, number: int, reason: str) -> None:
         world = self.cluster.world
@@ -163,24 +164,29 @@ class Turn:
         self.note("world", number=number, state="lost", reason=reason)
 
     def add_copy(self, rank: int, at_step: int, node: str, copy: Copy) -> None:
-        copies: dict[tuple[int, int], Mapping[str, Copy]] = dict(self.cluster.copies)
-        for (other_rank, other_step), places in self.cluster.copies.items():
+        """It lies in the node's arena, and what lay in that place before does not any more."""
+        held = self.cluster.copies.get((rank, at_step), {})
+        if held.get(node) == copy:
+            return  # said again
+        for other, places in self.cluster.copies.items():
             here = places.get(node)
-            if here and other_step != at_step and (here.area, here.half) == (copy.area, copy.half):
-                copies[other_rank, other_step] = {n: c for n, c in places.items() if n != node}
-        copies[rank, at_step] = {**copies.get((rank, at_step), {}), node: copy}
-        self.set(copies={key: places for key, places in copies.items() if places})
+            if here and other[1] != at_step and here.half == copy.half and here.area == copy.area:
+                self.drop_copy(*other, node)
+        self.set(copies={**self.cluster.copies, (rank, at_step): {**held, node: copy}})
 
     def drop_copy(self, rank: int, at_step: int, node: str) -> None:
-        copies = dict(self.cluster.copies)
-        copies[rank, at_step] = {n: c for n, c in copies.get((rank, at_step), {}).items() if n != node}
-        self.set(copies={key: places for key, places in copies.items() if places})
+        copies, places = dict(self.cluster.copies), dict(self.cluster.copies.get((rank, at_step), {}))
+        places.pop(node, None)
+        if places:
+            copies[rank, at_step] = places
+        else:
+            copies.pop((rank, at_step), None)
+        self.set(copies=copies)
 
     def _forget_copies_on(self, node: str) -> None:
-        kept = {
-            key: {n: copy for n, copy in places.items() if n != node} for key, places in self.cluster.copies.items()
-        }
-        self.set(copies={key: places for key, places in kept.items() if places})
+        for (rank, at_step), places in self.cluster.copies.items():
+            if node in places:
+                self.drop_copy(rank, at_step, node)
 
     def save_and_stop(self, reason: str) -> None:
         """The run cannot go on: save the newest complete step first, so that nothing is lost."""

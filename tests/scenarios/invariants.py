@@ -42,9 +42,9 @@ class Invariants:
 
     def one_acts(self, node: "Node") -> None:
         """I4: whoever may act now is the only one. `node` has just heard something: only that makes it able to."""
-        if node.seat.election.leader != node.name:
+        if not node.seat.election.leads:
             return
-        leading = [n for n in self._sim.nodes.values() if n.seat.election.leader == n.name and n.up and not n.paused]
+        leading = [n for n in self._sim.nodes.values() if n.seat.cluster is not None and n.up and not n.paused]
         if len(leading) > 1:
             acting = [(n.name, n.seat.election.term) for n in leading if n.seat.election.may_act(n.clock())]
             if len(acting) > 1:

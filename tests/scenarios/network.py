@@ -30,17 +30,18 @@ class Network:
 
     def send(self, line: Line, arrive: Callable[..., None], *args: Any) -> None:
         """Call `arrive(*args)` when, and as often as, the message reaches the other end."""
+        clock = self._clock
         if self.cuts and line in self.cuts:
             if not self.disorder:
                 self._held.setdefault(line, []).append((arrive, args))  # the transport will send it again
         elif not self.disorder:
-            due = max(self._last.get(line, 0.0), self._clock.now + self._clock.some(self.delay_s))
+            due = max(self._last.get(line, 0.0), clock.now + clock.some(self.delay_s))
             self._last[line] = due
-            self._clock.after(due - self._clock.now, arrive, *args)
-        elif not self._clock.chance(self.disorder):
-            for _ in range(1 + self._clock.chance(self.disorder)):
-                delay_s = self._clock.some(self.delay_s) * (100 if self._clock.chance(4 * self.disorder) else 1)
-                self._clock.after(delay_s, arrive, *args)
+            clock.after(due - clock.now, arrive, *args)
+        elif not clock.chance(self.disorder):
+            for _ in range(1 + clock.chance(self.disorder)):
+                delay_s = clock.some(self.delay_s) * (100 if clock.chance(4 * self.disorder) else 1)
+                clock.after(delay_s, arrive, *args)
 
     def quiet_at(self, line: Line) -> float:
         """When the last message that is on its way will have arrived."""

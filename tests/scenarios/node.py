@@ -5,12 +5,12 @@ process that it stands for, as far as others can see it.
 """
 
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gemini_hpc.core import messages as m
 from gemini_hpc.core.seat import Seat
-from gemini_hpc.core.types import FRESH
+from gemini_hpc.core.types import FRESH, changed
 from tests.scenarios.training import Worker
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ LEASE_TIMEOUTS = 10
 ARCHIVE_S = 5.0
 RESTART_S = 0.5
 REPEAT_S = 1.0
+TICK = m.Tick("")
 NBYTES = 1000
 
 
@@ -46,7 +47,7 @@ class Content:
         return self.record == "sealed" and self.checksum == self.true_checksum
 
     def sealed(self) -> "Content":
-        return replace(self, record="sealed", checksum=self.true_checksum)
+        return changed(self, record="sealed", checksum=self.true_checksum)
 
 
 class Host:
@@ -104,7 +105,7 @@ class Host:
             del self.node.arena[order.area, order.half]
         else:
             assert seen is not None
-            self.node.arena[order.area, order.half] = replace(seen, origin=order.origin, checksum=order.checksum)
+            self.node.arena[order.area, order.half] = changed(seen, origin=order.origin, checksum=order.checksum)
         self.queue.pop(0)
         self.node.from_child(copied(order, reason))
         if self.queue:
@@ -148,7 +149,7 @@ class Archiver:
             ok = file is not None and file.intact
             if ok:
                 assert file is not None
-                node.arena[order.area, order.half] = replace(file, origin=0)
+                node.arena[order.area, order.half] = changed(file, origin=0)
             at = (order.generation, order.rank, order.step, "", order.area, order.half, NBYTES, order.checksum)
             return m.Copied(node.name, *at, ok, "" if ok else "it is not the file that its manifest names", 0.1)
         assert isinstance(order, m.Publish)
@@ -194,11 +195,9 @@ class Node:
 
     def arrive(self, life: int, sender: str, sender_life: int, message: m.Message) -> None:
         """Something reaches the socket of the agent's life `life`."""
-        if not self.up or life != self.life:
-            return
         if self.paused:
-            self._inbox.append((self._take, sender, sender_life, message))
-        else:
+            self._inbox.append((self.arrive, life, sender, sender_life, message))
+        elif self.up and life == self.life:
             self._take(sender, sender_life, message)
 
     def from_child(self, message: m.Event) -> None:
@@ -229,7 +228,7 @@ class Node:
         if now > self._said_again + REPEAT_S:
             self._said_again = now
             self._say_again()
-        self.decide(m.Tick(""))
+        self.decide(TICK)
         if self.seat.cluster is not None and not self.seat.cluster.surveyed and not self._surveying:
             self._surveying = True
             self.sim.after(self.sim.some(self.sim.survey_s), self._surveyed)
@@ -267,41 +266,38 @@ class Node:
     # --- the coordinator and the cluster ------------------------------------------------------------
 
     def _take(self, sender: str, sender_life: int, message: m.Message) -> None:
-        if isinstance(message, (m.RequestVote, m.Lead)):
+        if isinstance(message, m.Event):
+            if sender in (CLUSTER, message.node):
+                if isinstance(message, m.NodeUp):
+                    self._lives[message.node] = int(message.endpoint)
+                self.decide(message)
+        elif isinstance(message, (m.RequestVote, m.Lead)):
             self._callers[sender] = sender_life
             for answer in self.seat.obey(self.clock(), message):
                 self.answer(sender, answer)
             if isinstance(message, m.Lead) and sender == self.seat.leader:  # now there is a line to it
                 self._inform()
             self.sim.looked_at(self)
-        elif isinstance(message, m.Command):
-            if sender == self.seat.leader:
-                self._obey(message)
-        elif isinstance(message, m.Event) and sender in (CLUSTER, message.node):
-            if isinstance(message, m.NodeUp):
-                self._lives[message.node] = int(message.endpoint)
-            self.decide(message)
+        elif isinstance(message, m.Command) and sender == self.seat.leader:
+            self._obey(message)
 
     def decide(self, event: m.Event) -> None:
         """Give the seat an event, or the time, and carry out what it says."""
-        before = self.seat.cluster
-        now = self.clock()
-        orders = self.seat.tick(now) if isinstance(event, m.Tick) else self.seat.hear(now, event)
-        if orders or before is not self.seat.cluster:
+        seat, now = self.seat, self.clock()
+        before = seat.cluster
+        orders = seat.tick(now) if isinstance(event, m.Tick) else seat.hear(now, event)
+        if orders or before is not seat.cluster:
             self.sim.decided(self, before, event, orders)
         for order in orders:
-            if isinstance(order, m.Note):
-                continue
-            if isinstance(order, m.StartWorld) or (isinstance(order, (m.Finish, m.Lead)) and not order.node):
+            if order.node in self._lives:
+                self._send(order.node, self._lives[order.node], order)
+            elif not order.node and not isinstance(order, m.Note):
                 self.say_to_cluster(order)
-            elif order.node in self._lives:
-                node = self.sim.nodes[order.node]
-                at = (self._lives[order.node], self.name, self.life, order)
-                self.sim.network.send((self.name, order.node), node.arrive_later, *at)
 
-    def arrive_later(self, *message: Any) -> None:
-        """The node may be another life by now: its own process decides whether it is meant."""
-        self.sim.nodes[self.name].arrive(*message)
+    def _send(self, to: str, life: int, message: m.Message) -> None:
+        """To a life of a node, which is the one that is now or one before it."""
+        sim = self.sim
+        sim.network.send((self.name, to), sim.nodes[to].arrive, life, self.name, self.life, message)
 
     def say_to_cluster(self, message: m.Message) -> None:
         self.sim.network.send((self.name, CLUSTER), self.sim.cluster_hears, self.name, self.life, message)
@@ -310,14 +306,13 @@ class Node:
         if self.sim.intercept is not None and self.sim.intercept(event):
             self.sim.held.append((self, caller, event))
             return
-        node = self.sim.nodes[caller]
-        at = (self._callers[caller], self.name, self.life, event)
-        self.sim.network.send((self.name, caller), node.arrive_later, *at)
+        self._send(caller, self._callers[caller], event)
 
     def tell(self, event: m.Event) -> None:
         """Report to the coordinator, if there is one that has our inventory."""
-        if self.seat.leader and self.seat.leader == self._informed[0]:
-            self.answer(self.seat.leader, event)
+        leader = self.seat.leader
+        if leader and leader == self._informed[0]:
+            self.answer(leader, event)
 
     def _inform(self) -> None:
         election = self.seat.election

@@ -122,9 +122,9 @@ class Simulation:
 
     def run(self, until: Callable[["Simulation"], bool], seconds: float = 60.0) -> "Simulation":
         """Go on until the condition holds; fail when it does not within `seconds`."""
-        deadline = self.now + seconds
+        deadline, queue = self.now + seconds, self._queue
         while not until(self):
-            if not self._queue or self._queue[0][0] > deadline:
+            if not queue or queue[0][0] > deadline:
                 raise Broken(f"waited {seconds} s in vain: {self.where()}")
             self._next()
         return self
@@ -252,7 +252,7 @@ class Simulation:
 
     def _tell(self, name: str, message: m.Event) -> None:
         node = self.nodes[name]
-        self.network.send((CLUSTER, name), node.arrive_later, node.life, CLUSTER, 0, message)
+        self.network.send((CLUSTER, name), node.arrive, node.life, CLUSTER, 0, message)
 
     def _tell_all(self, message: m.Event) -> None:
         for name in self._up:
@@ -339,7 +339,8 @@ class Simulation:
             self.after(seconds + 0.01, self._break_lines, lines)
 
     def _break_lines(self, lines: tuple[Line, ...]) -> None:
-        for one, other in {tuple(sorted(line)) for line in lines if CLUSTER not in line}:
+        pairs = dict.fromkeys(tuple(sorted(line)) for line in lines if CLUSTER not in line)  # a set has no fixed order
+        for one, other in pairs:
             for end, far in ((self.nodes[one], other), (self.nodes[other], one)):
                 if end.up and end.seat.cluster is not None:
                     end.from_child(m.Disconnected(far))
