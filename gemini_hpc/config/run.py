@@ -110,6 +110,8 @@ class RecoveryConfig(Section):
     """time for all ranks to join the new group and restore, seconds"""
     collective_s: float = Field(60.0, gt=0)
     """timeout of one collective, seconds"""
+    progress_s: float = Field(600.0, gt=0)
+    """time without a step of any rank after which all start again from the last one, seconds"""
     world_s: float = Field(10.0, gt=0)
     """time for the window hosts to start an MPI world, seconds"""
     archive_s: float = Field(60.0, gt=0)

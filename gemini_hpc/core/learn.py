@@ -203,7 +203,7 @@ def _on_stepped(turn: Turn, event: Stepped) -> None:
     complete = len(stepped) == cluster.rules.world_size
     if complete and event.rank not in cluster.stepped:
         turn.note("first_step", generation=event.generation, step=event.step)
-    turn.set(stepped=stepped)
+    turn.set(stepped=stepped, progressed=turn.now)
     if complete and cluster.fruitless and min(stepped.values()) > cluster.furthest:
         turn.set(fruitless=0)  # further than ever: the next failure is a new one. A step done again proves nothing
         for node in cluster.ranks.values():

@@ -236,6 +236,7 @@ def _watch_join(turn: Turn) -> None:
     cluster = turn.cluster
     assert cluster.plan is not None
     if len(cluster.resumed) == cluster.rules.world_size:
+        turn.set(progressed=turn.now)
         turn.enter(Phase.RUNNING)
     elif turn.in_phase_for() > cluster.rules.join_s:
         # who hangs cannot leave either, and is found out by that
@@ -259,6 +260,9 @@ def _run(turn: Turn) -> None:
     _end_run(turn)
     if turn.cluster.phase is Phase.RUNNING and 0 <= cluster.trouble_since < turn.now - cluster.rules.suspect_s:
         turn.open_generation("a collective failed, and nobody is dead")
+    elif turn.cluster.done_since < 0 and turn.now - turn.cluster.progressed > cluster.rules.progress_s:
+        # whoever hangs does not leave the group, and is found out by that
+        turn.open_generation(f"no rank has done a step for {cluster.rules.progress_s:.0f} s (recovery.progress_s)")
 
 
 def _advance_safe(turn: Turn) -> None:

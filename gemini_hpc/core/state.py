@@ -26,6 +26,7 @@ class Rules:
     fetch_s: float  # one read
     gather_s: float  # all reads of a recovery; then the next tier
     join_s: float
+    progress_s: float  # without a step of any rank
     world_s: float
     finish_s: float  # for the last checkpoint, after the last step
     max_restarts: int  # of one node's worker, in a row
@@ -151,6 +152,7 @@ class Cluster:
     fetched: frozenset[int] = frozenset()  # ranks whose snapshot of the plan's step lies in their own arena
     resumed: frozenset[int] = frozenset()
     stepped: Mapping[int, int] = field(default_factory=dict)  # rank -> newest step done in this generation
+    progressed: float = -1.0  # when a rank last did a step, or all had resumed
     done_since: float = -1.0  # all ranks have done the last step
     trouble_since: float = -1.0  # a collective of this generation failed
     last_turn: float = -1.0  # when the last event was taken

@@ -58,6 +58,7 @@ class Turn:
 
         self.set(
             phase_since=later(cluster.phase_since),
+            progressed=later(cluster.progressed),
             done_since=later(cluster.done_since),
             trouble_since=later(cluster.trouble_since),
             persist_since=later(cluster.persist_since),

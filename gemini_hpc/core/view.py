@@ -6,6 +6,9 @@ from gemini_hpc.core.placement import groups
 from gemini_hpc.core.state import Cluster, Member, Phase, Worker
 from gemini_hpc.core.types import FRESH
 
+LATE_S = 5.0
+"""A step that takes longer is named as something that is waited for."""
+
 
 def describe(cluster: Cluster, now: float) -> dict[str, Any]:
     """Return a JSON-ready summary: phase, ranks, nodes, tiers, and by name whatever is being waited for."""
@@ -24,8 +27,8 @@ def describe(cluster: Cluster, now: float) -> dict[str, Any]:
         "protected": not cluster.exposed,
         "window_world": {"number": cluster.world.number, "state": cluster.world.state},
         "nodes": [_node(cluster, member, now) for member in cluster.members.values()],
-        "waiting_for": _waiting_for(cluster),
-        "waiting_s": round(now - cluster.phase_since, 1),
+        "waiting_for": _waiting_for(cluster, now),
+        "waiting_s": round(now - (cluster.progressed if _trains(cluster) else cluster.phase_since), 1),
     }
 
 
@@ -43,7 +46,11 @@ def _node(cluster: Cluster, member: Member, now: float) -> dict[str, Any]:
     }
 
 
-def _waiting_for(cluster: Cluster) -> list[str]:
+def _trains(cluster: Cluster) -> bool:
+    return cluster.phase is Phase.RUNNING and cluster.done_since < 0
+
+
+def _waiting_for(cluster: Cluster, now: float) -> list[str]:
     """Name what the cluster waits for now (I6); empty while it trains or when it is over."""
     members, plan = cluster.members, cluster.plan
     if cluster.phase is Phase.FORMING and not cluster.counted:
@@ -66,6 +73,18 @@ def _waiting_for(cluster: Cluster) -> list[str]:
             for r in cluster.ranks
             if r not in cluster.files
         ]
-    if cluster.phase is Phase.RUNNING and cluster.world.state != "ready":
-        return [f"MPI world {cluster.world.number} of the window hosts ({cluster.world.state})"]
-    return []
+    if cluster.phase is not Phase.RUNNING:
+        return []
+    world = cluster.world
+    hosts = [f"MPI world {world.number} of the window hosts ({world.state})"] if world.state != "ready" else []
+    if not _trains(cluster):
+        return [*hosts, f"the checkpoint of step {cluster.rules.total_steps} on the persistent tier"]
+    return hosts + (_late(cluster) if now - cluster.progressed > LATE_S else [])
+
+
+def _late(cluster: Cluster) -> list[str]:
+    """The ranks that are behind the others, or all."""
+    assert cluster.plan is not None
+    done = {rank: cluster.stepped.get(rank, max(0, cluster.plan.step)) for rank in cluster.ranks}
+    behind = [rank for rank, step in done.items() if step < max(done.values())] or list(done)
+    return [f"rank {rank} on {cluster.ranks[rank]} to do step {done[rank] + 1}" for rank in behind]

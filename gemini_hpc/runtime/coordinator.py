@@ -159,6 +159,7 @@ def rules_of(run: RunConfig, nodes: tuple[str, ...]) -> Rules:
         fetch_s=recovery.fetch_s,
         gather_s=2 * recovery.fetch_s + recovery.world_s,
         join_s=recovery.join_s,
+        progress_s=recovery.progress_s,
         world_s=recovery.world_s,
         finish_s=recovery.join_s + recovery.archive_s,
         max_restarts=recovery.max_restarts,

@@ -37,6 +37,7 @@ def rules(nodes: int = 5, **changes: Any) -> Rules:
         "fetch_s": 3.0,
         "gather_s": 9.0,
         "join_s": 4.0,
+        "progress_s": 20.0,
         "world_s": 3.0,
         "finish_s": 10.0,
         "max_restarts": 3,

@@ -403,6 +403,35 @@ def test_a_worker_that_does_not_leave_is_restarted() -> None:
     assert cluster.ordered(m.RestartWorker) == [m.RestartWorker("n0")]
 
 
+def test_a_training_that_hangs_without_a_failed_collective_starts_again() -> None:
+    """All wait for data that do not come, say. Named in the status long before."""
+    cluster = started()
+    cluster.run(lambda c: c.cluster.safe_step >= 2)
+    for name in ("n0", "n1", "n2", "n3"):
+        cluster.nodes[name].worker.stuck = True
+    cluster.intercept = lambda event: isinstance(event, m.Trouble)
+    cluster.run_for(rules().progress_s / 2)
+    shown = describe(cluster.cluster, cluster.now)
+    assert [line.split(" to do step ")[0] for line in shown["waiting_for"]] == [f"rank {r} on n{r}" for r in range(4)]
+    assert shown["waiting_s"] > rules().progress_s / 3
+    assert cluster.cluster.generation == 1
+    cluster.run(lambda c: len(c.ordered(m.RestartWorker)) == 4)
+    assert "recovery.progress_s" in cluster.said("abort")[0]["reason"]
+    cluster.intercept = None
+    finish(cluster)
+    assert plan_of(cluster, 2)["step"] >= 2 and tiers(cluster, 2) == ["local"] * 4
+
+
+def test_the_rank_that_others_wait_for_is_named() -> None:
+    cluster = started(total_steps=1000)
+    cluster.intercept = lambda event: isinstance(event, m.Stepped) and event.node == "n2"
+    cluster.run(lambda c: c.cluster.stepped.get(0, 0) > c.cluster.stepped.get(2, 0) + 1)
+    cluster.intercept = lambda event: isinstance(event, (m.Stepped, m.Trouble))
+    cluster.run_for(6.0)
+    (line,) = describe(cluster.cluster, cluster.now)["waiting_for"]
+    assert line == f"rank 2 on n2 to do step {cluster.cluster.stepped[2] + 1}"
+
+
 # --- the past ---------------------------------------------------------------------------------------
 
 
