@@ -2,12 +2,15 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
+from gemini_hpc.analysis.timeline import recoveries
 from gemini_hpc.runtime.processes import state_of
+from tests.cluster.matrix import Matrix
 from tests.cluster.runs import EVENT_S, START_S, Run, call, drill, drills, reference_losses, until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
@@ -46,7 +49,8 @@ def reference(coordinator_lost: Run) -> Reference:
     return reference_losses(coordinator_lost.run_dir)
 
 
-def test_another_node_coordinates(coordinator_lost: Run, reference: Reference) -> None:
+@pytest.mark.faults
+def test_another_node_coordinates(coordinator_lost: Run, reference: Reference, matrix: Matrix) -> None:
     coordinator_lost.assert_identical_to(reference)
     assert coordinator_lost.status["verdict"].startswith("all ")
     (fault,) = coordinator_lost.events("fault")
@@ -57,9 +61,15 @@ def test_another_node_coordinates(coordinator_lost: Run, reference: Reference) -
     plan = coordinator_lost.events("plan", node=last["target"])[-1]
     assert {move["tier"] for move in plan["moves"]} <= {"peer", "local"}
     assert fault["target"] not in {move["node"] for move in plan["moves"]}
+    (item,) = recoveries(coordinator_lost.events())
+    assert (item.outcome, item.targets, item.rung) == ("recovered", (fault["target"],), "hot_swap")
+    matrix.enter_recovery("the coordinator's node SIGKILL", item)
 
 
-def test_the_coordinators_agent_dies_in_the_middle_of_a_recovery(tmp_path: Path, reference: Reference) -> None:
+@pytest.mark.faults
+def test_the_coordinators_agent_dies_in_the_middle_of_a_recovery(
+    tmp_path: Path, reference: Reference, matrix: Matrix
+) -> None:
     """A node is lost, and as soon as the recovery is planned so is the agent that planned it."""
     with Run(tmp_path, *TWO_SPARES, drills([drill(10, 2, "kill_node")]), "verify=false") as run:
         run.wait_for("fault", START_S)
@@ -69,6 +79,9 @@ def test_the_coordinators_agent_dies_in_the_middle_of_a_recovery(tmp_path: Path,
         run.assert_identical_to(reference)
         assert coordinator(run) != planned["node"]
         assert {event["target"] for event in run.events("evict")} == {"node2", planned["node"]}
+        item = recoveries(run.events())[-1]
+        assert item.outcome == "recovered" and planned["node"] in item.targets
+        matrix.enter_recovery("the coordinator's agent SIGKILL in the middle of a recovery", item)
 
 
 def test_one_coordinator_after_the_other(tmp_path: Path, reference: Reference) -> None:
@@ -101,13 +114,17 @@ def test_a_lost_node_comes_back_and_is_a_spare(tmp_path: Path, reference: Refere
         assert {first, second} & {move["node"] for move in run.events("plan")[-1]["moves"]}
 
 
-def test_a_silent_coordinator_is_replaced_and_leaves_when_it_is_back(tmp_path: Path, reference: Reference) -> None:
+@pytest.mark.faults
+def test_a_silent_coordinator_is_replaced_and_leaves_when_it_is_back(
+    tmp_path: Path, reference: Reference, matrix: Matrix
+) -> None:
     """Its agent is stopped: no connection breaks. Nobody acts until its lease is over; then it is too late."""
     with Run(tmp_path, *TWO_SPARES, "verify=false", drills()) as run:
         run.wait_for_training(3)
         silent = coordinator(run)
         (agent,) = run.pids("gemini_hpc.runtime.agent", silent)
         os.kill(agent, signal.SIGSTOP)
+        struck = time.time()
         plans = len(run.events("plan", node=silent))
         wait_for_another(run, [silent])
         os.kill(agent, signal.SIGCONT)
@@ -116,3 +133,6 @@ def test_a_silent_coordinator_is_replaced_and_leaves_when_it_is_back(tmp_path: P
         run.assert_identical_to(reference)
         assert silent in [event["target"] for event in run.events("evict")]
         assert len(run.events("plan", node=silent)) == plans
+        item = recoveries(run.events())[-1]
+        assert item.outcome == "recovered" and item.targets == (silent,)
+        matrix.enter_recovery("the coordinator's agent SIGSTOP", item, struck)

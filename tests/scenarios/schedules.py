@@ -5,6 +5,7 @@
 """
 
 import argparse
+import json
 import multiprocessing
 import random
 import sys
@@ -12,7 +13,8 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from tests.scenarios.simulation import CLUSTER, Broken, Simulation, rules
 
@@ -266,8 +268,8 @@ def sweep(seeds: range, processes: int) -> Iterator[Result]:
         yield from pool.imap_unordered(result_of, seeds, chunksize=50)
 
 
-def report(seeds: range, processes: int) -> int:
-    """Play many, print what was found; the exit status."""
+def report(seeds: range, processes: int, record: Path | None = None) -> int:
+    """Play many, print what was found, and write it to `record`; the exit status."""
     start, shown = time.monotonic(), time.monotonic()
     outcomes: Counter[tuple[str, str]] = Counter()
     events, found = 0, []
@@ -285,6 +287,11 @@ def report(seeds: range, processes: int) -> int:
     for sort in SORTS:
         ends = ", ".join(f"{number} {end}" for (s, end), number in sorted(outcomes.items()) if s == sort)
         print(f"  {sort:12} {sum(n for (s, _), n in outcomes.items() if s == sort):6}: {ends}")
+    if record is not None:
+        ends = [{"sort": sort, "end": end, "schedules": n} for (sort, end), n in sorted(outcomes.items())]
+        counted = {"first": seeds.start, "end": seeds.stop, "events": events, "seconds": round(passed, 1)}
+        summary = counted | {"processes": processes, "ends": ends, "found": [asdict(result) for result in found]}
+        record.write_text(json.dumps(summary, indent=1) + "\n")
     for result in found:
         print(f"FOUND by seed {result.seed}: replay it with `python -m tests.scenarios.schedules {result.seed}`")
     return 1 if found else 0
@@ -307,9 +314,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Play schedules of failures on the simulated cluster.")
     parser.add_argument("seeds", help="one seed, to be replayed with a log; or FIRST:END")
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
+    parser.add_argument("--record", type=Path, help="write the summary of many as JSON")
     options = parser.parse_args()
     first, colon, end = options.seeds.partition(":")
-    return report(range(int(first), int(end)), options.processes) if colon else replay(int(first))
+    seeds = range(int(first), int(end or 0))
+    return report(seeds, options.processes, options.record) if colon else replay(int(first))
 
 
 if __name__ == "__main__":
