@@ -285,14 +285,21 @@ def _start_persist(turn: Turn) -> None:
         turn.note("persist_failed", step=cluster.persisting, reason="some node did not answer in time")
         turn.end_persist()
         cluster = turn.cluster
-    if not cluster.surveyed or cluster.persisting != FRESH or cluster.safe_step < cluster.next_persist:
+    if not cluster.surveyed or cluster.persisting != FRESH:
         return
-    copies = {rank: cluster.copies[rank, cluster.safe_step][node] for rank, node in cluster.ranks.items()}
-    sums = {rank: copy.checksum for rank, copy in copies.items()}
-    turn.set(persisting=cluster.safe_step, persist_since=turn.now, persist_sums=sums, files={})
-    for rank, copy in copies.items():
-        node = cluster.ranks[rank]
-        turn.order(Persist(node, rank, cluster.safe_step, 0, copy.half, copy.nbytes, copy.checksum))
+    step = cluster.safe_step
+    if cluster.done_since >= 0:  # nothing newer will come, and a link may be down for as long as it likes
+        step = max(step, recovery.newest_complete(cluster.copies, cluster.rules.world_size)[0])
+    held = {rank: cluster.copies.get((rank, step), {}) for rank in cluster.ranks}
+    if step < cluster.next_persist or not all(held.values()):
+        return
+    sums = {rank: next(iter(places.values())).checksum for rank, places in held.items()}
+    turn.set(persisting=step, persist_since=turn.now, persist_sums=sums, files={})
+    for rank, places in held.items():
+        # an owner that did not hear in time that it was safe has perhaps overwritten its own
+        node = cluster.ranks[rank] if cluster.ranks[rank] in places else min(places)
+        copy = places[node]
+        turn.order(Persist(node, rank, step, copy.area, copy.half, copy.nbytes, copy.checksum))
 
 
 def _end_run(turn: Turn) -> None:

@@ -15,6 +15,24 @@ from tests.scenarios.schedules import COORDINATOR, FAULTS, SHAPES, SORTS, Fault,
 from tests.scenarios.simulation import CLUSTER, Simulation
 
 FOUND = {
+    "what was safe when it was to be persisted had been overwritten by an owner that did not hear so in time": Schedule(
+        "coordinator",
+        (3, 1, 2),
+        (
+            Fault(1.3721, "pause", COORDINATOR, 28.93),
+            Fault(1.3759, "kill_unseen", "n3"),
+            Fault(1.4426, "pause", "n1", 1.3195),
+            Fault(4.6963, "pause", COORDINATOR, 0.1662),
+            Fault(4.7026, "cut_off", "n1", 2.629, "in"),
+            Fault(4.8304, "link", "n2", 23.091, "n1"),
+        ),
+        seed=8157,
+        steps=7,
+        persist_every=2,
+        step_s=0.1,
+        persist_s=0.6,
+        pull_s=0.15,
+    ),
     "a coordinator without a majority for a while gave up a fetch for the time it had missed": Schedule(
         "coordinator",
         (3, 1, 2),

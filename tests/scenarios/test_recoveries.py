@@ -422,6 +422,13 @@ def test_a_training_that_hangs_without_a_failed_collective_starts_again() -> Non
     assert plan_of(cluster, 2)["step"] >= 2 and tiers(cluster, 2) == ["local"] * 4
 
 
+def test_the_last_step_is_persisted_though_it_could_not_be_replicated() -> None:
+    cluster = started()
+    cluster.network.cut(cluster.lines_between(["n2"], ["n3"]))  # of one group; the coordinator is another
+    finish(cluster)
+    assert cluster.cluster.safe_step < 30
+
+
 def test_the_rank_that_others_wait_for_is_named() -> None:
     cluster = started(total_steps=1000)
     cluster.intercept = lambda event: isinstance(event, m.Stepped) and event.node == "n2"
