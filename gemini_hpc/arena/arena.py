@@ -14,6 +14,7 @@ import os
 import stat
 import struct
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -172,6 +173,14 @@ class Arena:
             raise ArenaError(f"no such record: {fields}") from error
         start = self.geometry.record_offset(area, half)
         self.buffer[start : start + len(raw) + _CRC.size] = raw + _CRC.pack(zlib.crc32(raw))
+
+    def sealed(self) -> Iterator[tuple[int, int, Record]]:
+        """Yield what is complete and has its checksum, as (area, half, record)."""
+        for area in range(self.geometry.areas):
+            for half in (0, 1):
+                record = self.record(area, half)
+                if record.state is State.SEALED:
+                    yield area, half, record
 
     @property
     def safe_step(self) -> int:

@@ -13,31 +13,23 @@ from dataclasses import replace
 
 import zmq
 
-from gemini_hpc.arena import COPY_TUNING, Arena, ArenaError, Geometry
+from gemini_hpc.arena import COPY_TUNING, OWN, Arena, ArenaError, Geometry, State
 from gemini_hpc.config import RunConfig
+from gemini_hpc.core.account import Account
 from gemini_hpc.core.codec import Message
 from gemini_hpc.core.messages import (
-    Abort,
     Command,
     Event,
     Finish,
-    Gone,
     Hello,
     HostLost,
     HostReady,
-    Join,
     Lead,
-    Load,
     NodeExited,
     NodeUp,
-    Parked,
-    Persist,
-    Publish,
-    Pull,
     RequestVote,
     RestartWorker,
     Retire,
-    Safe,
     Stepped,
     WorkerLost,
     WorkerReady,
@@ -45,8 +37,6 @@ from gemini_hpc.core.messages import (
     Written,
 )
 from gemini_hpc.core.seat import Seat
-from gemini_hpc.core.types import FRESH
-from gemini_hpc.runtime.account import Account
 from gemini_hpc.runtime.archiving import Archiving
 from gemini_hpc.runtime.children import PARENT
 from gemini_hpc.runtime.cluster import CLUSTER, GROUP_ADDRESS, NODES, RETURNED, address_of
@@ -82,11 +72,11 @@ class Agent:
         self._household = Household(paths, node, self._poller)
         paths.arena(node).unlink(missing_ok=True)  # of this node's life before, if it had one
         self._account = Account(node)
+        self._arena: Arena | None = None
         self._ready: WorkerReady | None = None  # a worker that waits for its arena
         self._making_arena: threading.Thread | None = None
         self._arena_failure = ""
         self._started = self._last_round = time.monotonic()
-        self._informed: tuple[str, int] = ("", 0)  # the coordinator, and its term, that has our inventory
         self._said_again = self._started
         self._told_tally = replace(self._wire.tally)
         self._stopped_since = 0.0  # since when the worker does not run, because of a signal
@@ -127,8 +117,9 @@ class Agent:
 
     def _watch_clock(self) -> None:
         now, rules = time.monotonic(), self._run.recovery
-        alone_s = self._seat.forsaken(now) if self._informed[0] else now - self._started
-        if alone_s > (LEASE_TIMEOUTS * rules.heartbeat_timeout_s if self._informed[0] else rules.build_s):
+        led = self._account.coordinator
+        alone_s = self._seat.forsaken(now) if led else now - self._started
+        if alone_s > (LEASE_TIMEOUTS * rules.heartbeat_timeout_s if led else rules.build_s):
             self._events.emit("run", state="stopped", reason=f"no majority has had a coordinator for {alone_s:.0f} s")
             self._over = True
         self._archiving.watch(now)
@@ -142,14 +133,13 @@ class Agent:
 
     def _say_again(self) -> None:
         """A line may have broken, and a message with it: repeat what is told only once. And see that all is there."""
-        account = self._account
-        if account.last_step is not None:
-            self._tell(account.last_step)
-        if account.host_world:
+        if self._account.last_step is not None:
+            self._tell(self._account.last_step)
+        if self._account.host_world:
             self._remind_host()
-        if account.arena is not None and not account.arena.path.exists():
+        if self._arena is not None and not self._arena.path.exists():
             # what it holds can be reached by nobody new, and every MPI world would fail
-            self._events.emit("run", state="stopped", reason=f"{account.arena.path} is gone")
+            self._events.emit("run", state="stopped", reason=f"{self._arena.path} is gone")
             self._over = True
 
     def _watch_worker(self, now: float) -> None:
@@ -173,7 +163,7 @@ class Agent:
 
     def _tell(self, event: Event) -> None:
         """Report to the coordinator. While there is none it is lost: the next one is told all by the inventory."""
-        if self._seat.leader and self._seat.leader == self._informed[0]:
+        if self._seat.leader and self._seat.leader == self._account.coordinator:
             self._server.send(self._seat.leader, event)
 
     def _read_cluster(self) -> None:
@@ -194,14 +184,15 @@ class Agent:
 
     def _inform(self) -> None:
         """Tell a new coordinator what there is on this node."""
-        election = self._seat.election
-        if self._informed == (election.leader, election.term):
-            return
-        self._informed = (election.leader, election.term)
-        self._tell(self._account.inventory())
+        if self._account.informs(self._seat.leader, self._seat.election.term):
+            held = self._arena.sealed() if self._arena is not None else ()
+            self._tell(
+                self._account.inventory(
+                    (area, half, r.rank, r.step, r.generation, r.nbytes, r.checksum) for area, half, r in held
+                )
+            )
 
     def _obey(self, order: Command) -> None:
-        account = self._account
         if isinstance(order, Finish):
             self._cluster.send(Finish("", order.state, order.reason))  # the coordinator's own word may not arrive
             self._over = True
@@ -209,22 +200,14 @@ class Agent:
             self._over = True
         elif isinstance(order, RestartWorker):
             self._start_worker()
-        elif isinstance(order, Safe):
-            if account.arena is not None and order.generation == account.generation:
-                account.arena.safe_step = order.step
-        elif isinstance(order, (Pull, Gone)):
-            if order.world == account.host_world:  # else of a world that is no more
-                self._household.send("host", order)
-        elif isinstance(order, (Persist, Load, Publish)):
-            self._archiving.order(order)
-        elif isinstance(order, Abort):
-            self._household.send("worker", order)
-        elif isinstance(order, Join) and order.generation > account.generation:  # else of the past
-            account.joins(order)
-            if account.arena is not None:
-                # perhaps back behind the safe step of before: nothing is safe until the coordinator says so again
-                account.arena.safe_step = FRESH
-            self._household.send("worker", order)
+        else:
+            role = self._account.role_of(order)
+            if self._arena is not None:
+                self._arena.safe_step = self._account.safe_step
+            if role == "archiver":
+                self._archiving.order(order)
+            elif role:
+                self._household.send(role, order)
 
     # --- the node's processes -----------------------------------------------------------------------
 
@@ -260,8 +243,12 @@ class Agent:
                 self._hear(news)
 
     def _lose_worker(self, reason: str) -> None:
-        self._account.worker, self._account.reason = "lost", reason
-        self._tell(WorkerLost(self._node, reason, self._final))
+        self._report(WorkerLost(self._node, reason, self._final))
+
+    def _report(self, event: Event) -> None:
+        """What a process of the node said, or came to: into the account, and to the coordinator."""
+        self._account.hear(event)
+        self._tell(event)
 
     def _greet(self, hello: Hello) -> None:
         if hello.role == "host":
@@ -282,21 +269,18 @@ class Agent:
             self._last_words, self._final = message.reason, message.final  # the coordinator hears of it when it exits
             return
         if isinstance(message, HostReady):
-            self._account.host = message
             self._remind_host()
-        elif isinstance(message, Parked):
-            self._account.is_idle(message.store)
         elif isinstance(message, Stepped):
-            self._account.last_step = message
             self._log_step(message)
         self._archiving.answered(message)
         if isinstance(message, Event):
-            self._tell(message)
+            self._report(message)
 
     def _remind_host(self) -> None:
         """A new host has to seal what was written, or sealed without a report, while there was none."""
-        for half in self._account.unreported_halves():
-            self._household.send("host", Written(self._node, half))
+        for half in (0, 1):
+            if self._arena is not None and self._arena.record(OWN, half).state in (State.WRITTEN, State.SEALED):
+                self._household.send("host", Written(self._node, half))
 
     def _log_step(self, message: Stepped) -> None:
         self._events.emit(
@@ -314,16 +298,15 @@ class Agent:
     def _make_arena(self, snapshot_bytes: int) -> None:
         """Allocate and touch the arena in a thread: it may take seconds, and the heart must go on beating."""
         geometry = Geometry(self._run.protect.replicas, snapshot_bytes)
-        account = self._account
-        if account.arena is not None:
-            if account.arena.geometry != geometry:
+        if self._arena is not None:
+            if self._arena.geometry != geometry:
                 self._arena_failure = "its snapshots have another size than before"
             return
         path = self._paths.arena(self._node)
 
         def make() -> None:
             try:
-                account.arena = Arena.create(path, geometry, self._paths.run_id)
+                self._arena = Arena.create(path, geometry, self._paths.run_id)
             except ArenaError as error:
                 self._arena_failure = str(error)
 
@@ -339,11 +322,9 @@ class Agent:
             self._household.end("worker")
             self._lose_worker(self._arena_failure)
             return
-        assert self._account.arena is not None
-        self._log_memory(self._account.arena)
-        self._account.ready = ready
-        self._account.is_idle(ready.store)
-        self._tell(ready)
+        assert self._arena is not None
+        self._log_memory(self._arena)
+        self._report(ready)
 
     def _log_memory(self, arena: Arena) -> None:
         each = 2 * arena.geometry.half_bytes

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gemini_hpc.core import messages as m
+from gemini_hpc.core.account import Account
 from gemini_hpc.core.seat import Seat
-from gemini_hpc.core.types import FRESH, changed
+from gemini_hpc.core.types import changed
 from tests.scenarios.training import Worker
 
 if TYPE_CHECKING:
@@ -73,10 +74,13 @@ class Host:
         at = (content.origin, content.rank, content.step)
         node.from_child(m.Sealed(node.name, *at, half, NBYTES, content.checksum))
 
-    def pull(self, order: m.Pull) -> None:
-        self.queue.append(order)
-        if len(self.queue) == 1:
-            self._begin()
+    def obey(self, order: m.Command) -> None:
+        if isinstance(order, m.Gone):
+            self.gone |= set(order.targets)
+        elif isinstance(order, m.Pull):
+            self.queue.append(order)
+            if len(self.queue) == 1:
+                self._begin()
 
     def _begin(self) -> None:
         order, sim = self.queue[0], self.node.sim
@@ -169,18 +173,12 @@ class Node:
         self.seat = Seat(sim.rules, name, BEAT_S, self.started, returned=life > 0)
         self._lives: dict[str, int] = {}  # which life of each node is at the endpoint that the cluster told
         self._callers: dict[str, int] = {}  # and which one called last
-        self._informed: tuple[str, int] = ("", 0)
         self._surveying = False
+        self.account = Account(name)
         self.worker: Worker | None = None
-        self.state, self.reason = "building", ""  # of the worker, as the agent knows it
-        self.generation, self.rank = 0, -1
-        self.built, self.store = False, ""
         self.arena: dict[tuple[int, int], Content] = {}
-        self.safe_step = FRESH
-        self._last_step: m.Stepped | None = None
         self._said_again = self.started
         self.host: Host | None = None
-        self._last_host: m.HostReady | None = None
         self.archiver = Archiver(self)
         self.archiving: list[tuple[float, m.Command]] = []
         self._archiver_due = 0.0
@@ -215,7 +213,7 @@ class Node:
             return
         now = self.clock()
         alone_s, bound_s = now - self.started, self.sim.rules.build_s
-        if self._informed[0]:
+        if self.account.coordinator:
             alone_s = self.seat.forsaken(now)
             bound_s = LEASE_TIMEOUTS * self.sim.rules.heartbeat_timeout_s
         if alone_s > bound_s:
@@ -235,8 +233,8 @@ class Node:
 
     def _say_again(self) -> None:
         """A line may have broken, and a message with it: repeat what is told only once."""
-        if self._last_step is not None:
-            self.tell(self._last_step)
+        if self.account.last_step is not None:
+            self.tell(self.account.last_step)
         for half in (0, 1):
             if self.host is not None and self.host.ready:
                 self.host.seal(half)
@@ -311,24 +309,14 @@ class Node:
     def tell(self, event: m.Event) -> None:
         """Report to the coordinator, if there is one that has our inventory."""
         leader = self.seat.leader
-        if leader and leader == self._informed[0]:
+        if leader and leader == self.account.coordinator:
             self.answer(leader, event)
 
     def _inform(self) -> None:
-        election = self.seat.election
-        if not election.leader or self._informed == (election.leader, election.term):
-            return
-        self._informed = (election.leader, election.term)
-        last = self._last_host
-        sealed = tuple(
-            (*place, c.rank, c.step, c.origin, NBYTES, c.checksum)
-            for place, c in sorted(self.arena.items())
-            if c.record == "sealed"
-        )
-        ready = last is not None and self.host is not None and self.host.alive and self.host.world == last.world
-        worker = (self.state, self.reason, self.generation, self.rank, self.built_rank() if self.built else -1)
-        window = (last.world if last else 0, last.members if last else (), ready)
-        self.tell(m.Inventory(self.name, *worker, self.store, NBYTES if self.built else 0, *window, sealed))
+        if self.account.informs(self.seat.leader, self.seat.election.term):
+            contents = sorted(self.arena.items())
+            sealed = [(*p, c.rank, c.step, c.origin, NBYTES, c.checksum) for p, c in contents if c.record == "sealed"]
+            self.tell(self.account.inventory(sealed))
 
     def built_rank(self) -> int:
         return min(self.sim.rules.nodes.index(self.name), self.sim.rules.world_size - 1)
@@ -346,26 +334,16 @@ class Node:
             self.leave()
         elif isinstance(order, m.RestartWorker):
             self.start_worker()
-        elif isinstance(order, m.Safe):
-            if order.generation == self.generation:
-                self.safe_step = order.step
-        elif isinstance(order, m.Join):
-            if order.generation > self.generation:
-                self.state, self.generation, self.rank = "busy", order.generation, order.rank
-                self.safe_step = FRESH
-                if self.worker is not None:
-                    self.worker.take(order)
-        elif isinstance(order, m.Abort):
-            if self.worker is not None:
-                self.worker.take(order)
-        elif isinstance(order, (m.Pull, m.Gone)):
-            if self.host is None or not self.host.alive or order.world != self.host.world:
-                return  # of a world that is no more
-            if isinstance(order, m.Pull):
-                self.host.pull(order)
-            else:
-                self.host.gone |= set(order.targets)
         else:
+            self._pass_on(self.account.role_of(order), order)
+
+    def _pass_on(self, role: str, order: m.Command) -> None:
+        if role == "worker" and self.worker is not None:
+            assert isinstance(order, (m.Join, m.Abort))
+            self.worker.take(order)
+        elif role == "host" and self.host is not None:
+            self.host.obey(order)
+        elif role == "archiver":
             self.archiving.append((self.clock(), order))
             self.archiver.next()
 
@@ -374,7 +352,7 @@ class Node:
     def start_worker(self) -> None:
         if self.worker is not None:
             self.worker.alive = False
-        self.state = "building"
+        self.account.worker = "building"
         self.worker = Worker(self)
 
     def end_worker(self, reason: str) -> None:
@@ -387,6 +365,7 @@ class Node:
         """The window host ends; its line to the agent does, too."""
         if self.host is not None and self.host.alive:
             self.host.end()
+            self.account.host_world = 0
             if told:
                 self.from_child(m.HostLost(self.name, self.host.world, "its line to the agent ended"))
 
@@ -406,16 +385,8 @@ class Node:
         if isinstance(message, m.Surveyed):
             self.decide(message)
             return
-        if isinstance(message, m.WorkerReady):
-            self.state, self.built, self.store = "idle", True, message.store
-        elif isinstance(message, m.WorkerLost):
-            self.state, self.reason = "lost", message.reason
-        elif isinstance(message, m.Parked):
-            self.state, self.store = "idle", message.store
-        elif isinstance(message, m.Stepped):
-            self._last_step = message
-        elif isinstance(message, m.HostReady):
-            self._last_host = message
+        self.account.hear(message)
+        if isinstance(message, m.HostReady):
             for half in (0, 1):
                 if self.host is not None:
                     self.sim.after(self.sim.some(0.003), self.host.seal, half)

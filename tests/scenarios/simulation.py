@@ -299,11 +299,11 @@ class Simulation:
             node.end_host()
         self._world = order.world
         members = [self.nodes[name] for name in order.members]
-        if not all(node.up and node.built for node in members):
+        if not all(node.up and node.account.snapshot_bytes for node in members):
             self.after(self.some(0.3), self._tell_all, m.WorldFailed("", order.world, "a member is gone"))
             return
         for node in members:
-            node.host = Host(node, order.world, order.members)
+            node.host, node.account.host_world = Host(node, order.world, order.members), order.world
         self.after(self.some(self.host_s), self._world_ready, [node.host for node in members])
 
     def _world_ready(self, hosts: list[Host]) -> None:

@@ -142,13 +142,13 @@ def test_back_behind_the_safe_step_nothing_is_overwritten_too_early(tmp_path: Pa
     The real agent on a real arena: the checkpoint of step 40 was loaded into half 0, and the step that was safe
     before the failure is 50. As long as the arena says 50, the worker finds every snapshot safe and half 0 free.
     """
-    from gemini_hpc.runtime.account import Account
+    from gemini_hpc.core.account import Account
     from gemini_hpc.runtime.agent import Agent
 
     arena = Arena.create(tmp_path / "arena", Geometry(2, 4096), "test")
     agent = Agent.__new__(Agent)
-    agent._account = Account("n0")
-    agent._account.arena, agent._account.generation = arena, 1
+    agent._arena, agent._account = arena, Account("n0")
+    agent._account.generation = 1
     agent._household = SimpleNamespace(send=lambda *order: True)
     agent._obey(m.Safe("n0", 1, 50))
     arena.write_record(OWN, 0, Record(State.SEALED, 0, 40, 2, 4096))

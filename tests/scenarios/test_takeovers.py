@@ -113,7 +113,7 @@ def test_the_orders_of_a_deposed_coordinator_are_not_obeyed() -> None:
     for order in (m.Join("n1", 9 * NUMBERS_OF_A_TERM, 1, 0, 0, "x"), m.Retire("n1", 2), m.Finish("n1", "failed", "x")):
         node.arrive(node.life, "n0", 0, order)
     assert node.up
-    assert node.generation == cluster.cluster.generation
+    assert node.account.generation == cluster.cluster.generation
 
 
 def test_numbers_of_generations_and_worlds_are_never_used_by_two() -> None:

@@ -108,11 +108,11 @@ class Worker:
     # --- snapshots ----------------------------------------------------------------------------------
 
     def is_safe(self) -> bool:
-        return self.last_snapshot is None or self.node.safe_step >= self.last_snapshot
+        return self.last_snapshot is None or self.node.account.safe_step >= self.last_snapshot
 
     def free_half(self) -> int:
         """As the real one: not the half with the newest safe step; while none is known, not what was restored."""
-        keep = self.node.safe_step if self.node.safe_step >= 0 else self.last_snapshot
+        keep = self.node.account.safe_step if self.node.account.safe_step >= 0 else self.last_snapshot
         held = self.node.arena.get((0, 0))
         return 1 if held is not None and held.step == keep else 0
 

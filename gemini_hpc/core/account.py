@@ -1,0 +1,103 @@
+"""One node's account of itself: what an agent makes of what it hears, and what it tells a new coordinator. Pure.
+
+So that a simulated agent does the very same as a real one.
+"""
+
+from collections.abc import Iterable
+
+from gemini_hpc.core.messages import (
+    Abort,
+    Command,
+    Event,
+    Gone,
+    HostReady,
+    Inventory,
+    Join,
+    Parked,
+    Pull,
+    Safe,
+    Stepped,
+    WorkerLost,
+    WorkerReady,
+)
+from gemini_hpc.core.types import FRESH
+
+
+class Account:
+    """Kept by the events of the node's processes (`hear`) and the coordinator's orders (`role_of`)."""
+
+    def __init__(self, node: str) -> None:
+        self.node = node
+        self.worker = "building"  # or idle, busy, lost
+        self.reason = ""  # why it was lost
+        self.generation = 0  # that it was last told to join, as `rank`
+        self.rank = -1
+        self.built_rank = -1
+        self.store = ""
+        self.snapshot_bytes = 0  # > 0: the arena exists
+        self.safe_step: int = FRESH  # as the arena should show it to the worker
+        self.last_step: Stepped | None = None
+        self.host: HostReady | None = None  # the newest window host that was ready
+        self.host_world = 0  # of the one that is connected; 0 = none
+        self._informed = ("", 0)  # the coordinator, and its term, that has our inventory
+
+    def hear(self, message: Event) -> None:
+        """Take note of what a process of the node said."""
+        if isinstance(message, WorkerReady):
+            self.worker, self.store = "idle", message.store
+            self.built_rank, self.snapshot_bytes = message.built_rank, message.snapshot_bytes
+        elif isinstance(message, WorkerLost):
+            self.worker, self.reason = "lost", message.reason
+        elif isinstance(message, Parked):
+            self.worker, self.store = "idle", message.store
+        elif isinstance(message, Stepped):
+            self.last_step = message
+        elif isinstance(message, HostReady):
+            self.host = message
+
+    def role_of(self, order: Command) -> str:
+        """Take note of an order; return the process that carries it out: worker, host or archiver; "" = none."""
+        if isinstance(order, Safe):
+            if order.generation == self.generation:
+                self.safe_step = order.step
+            return ""
+        if isinstance(order, Join):
+            if order.generation <= self.generation:
+                return ""  # of the past
+            self.worker, self.generation, self.rank = "busy", order.generation, order.rank
+            # perhaps back behind the safe step of before: nothing is safe until the coordinator says so again
+            self.safe_step = FRESH
+            return "worker"
+        if isinstance(order, (Pull, Gone)):
+            return "host" if order.world == self.host_world else ""  # else of a world that is no more
+        return "worker" if isinstance(order, Abort) else "archiver"
+
+    def informs(self, leader: str, term: int) -> bool:
+        """Whether this coordinator is yet to have our inventory; from now on it is taken to have it."""
+        new = bool(leader) and self._informed != (leader, term)
+        if new:
+            self._informed = (leader, term)
+        return new
+
+    @property
+    def coordinator(self) -> str:
+        """Who has our inventory, so that it understands what else we say; "" = nobody ever had."""
+        return self._informed[0]
+
+    def inventory(self, held: Iterable[tuple[int, ...]]) -> Inventory:
+        """Return all that there is; `held` are the sealed snapshots, as Inventory has them."""
+        host = self.host
+        return Inventory(
+            node=self.node,
+            worker=self.worker,
+            reason=self.reason,
+            generation=self.generation,
+            rank=self.rank,
+            built_rank=self.built_rank,
+            store=self.store,
+            snapshot_bytes=self.snapshot_bytes,
+            world=host.world if host else 0,
+            members=host.members if host else (),
+            host=host is not None and host.world == self.host_world,
+            held=tuple(held),
+        )
