@@ -13,6 +13,7 @@ from gemini_hpc.core.messages import (
     HostReady,
     Inventory,
     Join,
+    Lead,
     Parked,
     Pull,
     Safe,
@@ -72,12 +73,11 @@ class Account:
             return "host" if order.world == self.host_world else ""  # else of a world that is no more
         return "worker" if isinstance(order, Abort) else "archiver"
 
-    def informs(self, leader: str, term: int) -> bool:
-        """Whether this coordinator is yet to have our inventory; from now on it is taken to have it."""
-        new = bool(leader) and self._informed != (leader, term)
-        if new:
-            self._informed = (leader, term)
-        return new
+    def informs(self, lead: Lead) -> bool:
+        """Whether this coordinator is to have our inventory now; from then on it understands what else we say."""
+        new = self._informed != (lead.leader, lead.term)
+        self._informed = (lead.leader, lead.term)
+        return new or not lead.reported
 
     @property
     def coordinator(self) -> str:

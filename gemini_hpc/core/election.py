@@ -139,7 +139,7 @@ def _ask(election: Election, now: float) -> Step:
 def _beat(election: Election, now: float) -> Step:
     """Tell everybody, and the cluster, who leads; what comes back is the lease."""
     told = (*election.peers, CLUSTER)
-    lead: list[Event | Command] = [Lead(node, election.node, election.term, now) for node in told]
+    lead: list[Event | Command] = [Lead(node, election.node, election.term, now, True) for node in told]
     return changed(election, asked=now), lead
 
 

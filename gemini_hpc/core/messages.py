@@ -291,6 +291,7 @@ class Lead(Command):
     leader: str
     term: int
     sent: float  # by the leader's clock; comes back in the answer
+    reported: bool  # whether the leader has this node's inventory: it may be lost on its way
 
 
 @dataclass(frozen=True)

@@ -269,8 +269,8 @@ def _advance_safe(turn: Turn) -> None:
     newest = replication.newest_safe(turn.cluster)
     if newest <= turn.cluster.safe_step:
         return
-    copies = {key: places for key, places in turn.cluster.copies.items() if key[1] >= newest}
-    turn.set(safe_step=newest, copies=copies, misses={})
+    # older copies are not forgotten until others take their places: perhaps some owner has overwritten its newer one
+    turn.set(safe_step=newest, misses={})
     for member in turn.alive:
         turn.order(Safe(member.node, turn.cluster.generation, newest))
     turn.note("safe", step=newest, generation=turn.cluster.generation)

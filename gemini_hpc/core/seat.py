@@ -8,6 +8,7 @@ from collections import deque
 from gemini_hpc.core import coordinator, election
 from gemini_hpc.core.messages import Command, Event, Lead, NodeExited, NodeUp, Note, RequestVote, Tick
 from gemini_hpc.core.state import Cluster, Rules, new_cluster
+from gemini_hpc.core.types import changed
 
 TICK = Tick("")
 
@@ -72,7 +73,12 @@ class Seat:
         if self._change_role(now, before.heard):
             reason = f"elected in term {self.election.term}" + (f" after {before.leader}" if before.leader else "")
             orders.append(Note("", "coordinator", {"target": self.election.node, "reason": reason}))
-        return orders
+        return [self._asking(order) if isinstance(order, Lead) else order for order in orders]
+
+    def _asking(self, lead: Lead) -> Lead:
+        """Say to a node that has not reported what it has that it is to do so."""
+        member = self.cluster.members.get(lead.node) if self.cluster is not None else None
+        return lead if member is None or member.held is not None else changed(lead, reported=False)
 
     def _change_role(self, now: float, heard: float) -> bool:
         """Begin to lead, or stop it, as the election says; whether this is the beginning."""

@@ -178,13 +178,13 @@ class Agent:
                 for answer in self._role.obey(message):
                     self._server.send(sender, answer)
                 if isinstance(message, Lead) and sender == self._seat.leader:
-                    self._inform()
+                    self._inform(message)
             elif isinstance(message, Command) and sender == self._seat.leader and message.node == self._node:
                 self._obey(message)
 
-    def _inform(self) -> None:
+    def _inform(self, lead: Lead) -> None:
         """Tell a new coordinator what there is on this node."""
-        if self._account.informs(self._seat.leader, self._seat.election.term):
+        if self._account.informs(lead):
             held = self._arena.sealed() if self._arena is not None else ()
             self._tell(
                 self._account.inventory(

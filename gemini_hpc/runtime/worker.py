@@ -165,7 +165,7 @@ class Worker:
         """Hold the snapshot against its checksum: what was sealed long ago may have been damaged since."""
         held = arena.record(OWN, join.half)
         if (held.state, held.rank, held.step) != (State.SEALED, join.rank, join.step):
-            raise GeminiError(f"half {join.half} holds {held}, not rank {join.rank} of step {join.step}")
+            raise SnapshotDamaged(f"half {join.half} holds {held}, not rank {join.rank} of step {join.step}")
         if checksum(arena.payload(OWN, join.half)[: held.nbytes]) != held.checksum:
             arena.write_record(OWN, join.half, Record())
             raise SnapshotDamaged(f"the snapshot of rank {join.rank}, step {join.step} has another checksum by now")

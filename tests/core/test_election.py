@@ -256,7 +256,7 @@ def test_a_late_leader_of_an_old_term_is_told_so() -> None:
     agents.run(1.0)
     agents.split(["n0"])
     agents.run(2 * LEASE_S)
-    told = election.step(agents.of["n2"], agents.clock("n2"), Lead("n2", "n0", 1, 0.0))[1]
+    told = election.step(agents.of["n2"], agents.clock("n2"), Lead("n2", "n0", 1, 0.0, True))[1]
     assert told == [Deposed("n2", 2)]
     agents.heal()
     agents.give("n0", "n2", told[0])

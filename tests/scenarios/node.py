@@ -274,7 +274,7 @@ class Node:
             for answer in self.seat.obey(self.clock(), message):
                 self.answer(sender, answer)
             if isinstance(message, m.Lead) and sender == self.seat.leader:  # now there is a line to it
-                self._inform()
+                self._inform(message)
             self.sim.looked_at(self)
         elif isinstance(message, m.Command) and sender == self.seat.leader:
             self._obey(message)
@@ -312,8 +312,8 @@ class Node:
         if leader and leader == self.account.coordinator:
             self.answer(leader, event)
 
-    def _inform(self) -> None:
-        if self.account.informs(self.seat.leader, self.seat.election.term):
+    def _inform(self, lead: m.Lead) -> None:
+        if self.account.informs(lead):
             contents = sorted(self.arena.items())
             sealed = [(*p, c.rank, c.step, c.origin, NBYTES, c.checksum) for p, c in contents if c.record == "sealed"]
             self.tell(self.account.inventory(sealed))

@@ -363,9 +363,9 @@ class Simulation:
             host.hung = True
 
     def corrupt(self, name: str, area: int, half: int) -> None:
-        """A bit flips in a snapshot that lies there."""
+        """A bit flips in a snapshot that lies there; before it is sealed, its checksum would be that of the damage."""
         arena = self.nodes[name].arena
-        if (area, half) in arena:
+        if (area, half) in arena and arena[area, half].record == "sealed":
             arena[area, half] = replace(arena[area, half], state=666)
 
     def corrupt_file(self, at_step: int, rank: int) -> None:

@@ -429,6 +429,37 @@ def test_the_last_step_is_persisted_though_it_could_not_be_replicated() -> None:
     assert cluster.cluster.safe_step < 30
 
 
+def test_what_an_owner_overwrote_before_it_heard_that_it_was_safe_does_not_cost_the_older_one() -> None:
+    """The last snapshots are taken while the reports are on their way. Then the coordinator learns, one after the other,
+    that a step is safe, that the last one lies in its place, and that a node is gone."""
+    cluster = started(nodes=3, world_size=2, total_steps=10, join_s=2.0)
+    cluster.kill_node("n2")
+
+    def almost_safe(sim: Simulation) -> bool:
+        pull = sim.cluster.pulls.get("n0")
+        return pull is not None and "n1" in sim.cluster.copies.get((0, pull.step), {})
+
+    cluster.run(almost_safe)
+    before, newer = cluster.cluster.safe_step, cluster.cluster.pulls["n0"].step
+    cluster.intercept = lambda event: isinstance(event, (m.Copied, m.Sealed, m.Stepped))
+    cluster.run_for(3.0)
+    assert {content.step for content in cluster.nodes["n1"].arena.values()} == {before, newer, 10}
+    cluster.release()
+    cluster.run(lambda c: c.cluster.safe_step == newer and "n0" not in c.cluster.copies[0, newer])
+    cluster.kill_node("n1")
+    cluster.run(Simulation.over)
+    assert cluster.outcome == "stopped" and cluster.manifests.keys() == {before}
+
+
+def test_an_inventory_that_is_lost_is_told_again() -> None:
+    """The lines of the first coordinator break before anybody has reported."""
+    cluster = Simulation()
+    cluster.run(lambda c: c.leader is not None)
+    cluster.cut(cluster.lines_between(["n0"], ["n1", "n2", "n3", "n4"]), 0.3, broken=True)
+    finish(cluster)
+    assert not cluster.said("evict")
+
+
 def test_the_rank_that_others_wait_for_is_named() -> None:
     cluster = started(total_steps=1000)
     cluster.intercept = lambda event: isinstance(event, m.Stepped) and event.node == "n2"

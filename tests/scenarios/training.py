@@ -78,11 +78,9 @@ class Worker:
             return
         if order.step != FRESH:
             held = self.node.arena.get((0, order.half))
-            if held is None or (held.record, held.rank, held.step) != ("sealed", order.rank, order.step):
-                self.node.end_worker(f"half {order.half} holds {held}, not rank {order.rank} of step {order.step}")
-                return
             self.restored = held
-            if not held.intact:
+            wanted = ("sealed", order.rank, order.step)
+            if held is None or (held.record, held.rank, held.step) != wanted or not held.intact:
                 self.node.from_child(m.Damaged(self.node.name, order.generation, order.rank, order.step))
                 self.leave(order.generation)
                 return

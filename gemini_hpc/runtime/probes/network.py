@@ -75,7 +75,7 @@ def control_plane(case: Case) -> Finding:
 def _exchange(client: Client, server: Server) -> float:
     """Send a message there and the answer back; return how long it took, in seconds."""
     began = time.monotonic()
-    client.send(Lead(NODES[0], NODES[1], 1, began))
+    client.send(Lead(NODES[0], NODES[1], 1, began, reported=True))
     while (heard := server.receive()) is None:
         server.socket.poll(100, zmq.POLLIN)
     server.send(heard[0], Heartbeat(NODES[0], began))
