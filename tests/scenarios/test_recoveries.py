@@ -430,7 +430,7 @@ def test_the_last_step_is_persisted_though_it_could_not_be_replicated() -> None:
 
 
 def test_what_an_owner_overwrote_before_it_heard_that_it_was_safe_does_not_cost_the_older_one() -> None:
-    """The last snapshots are taken while reports are on their way. Then the coordinator learns, one after the other, that
+    """The last snapshots are taken while reports are on their way. Then the coordinator learns, one by one, that
     a step is safe, that the last one lies in its place, and that a node is gone."""
     cluster = started(nodes=3, world_size=2, total_steps=10, join_s=2.0)
     cluster.kill_node("n2")
