@@ -320,6 +320,7 @@ class Agent:
         ready, self._ready = self._ready, None
         if self._arena_failure:
             self._household.end("worker")
+            self._final = True  # another worker would find no more room
             self._lose_worker(self._arena_failure)
             return
         assert self._arena is not None
