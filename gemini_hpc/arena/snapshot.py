@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -31,8 +31,7 @@ _ALIGN = 64
 _ITEM_BYTES = {"float32": 4, "float64": 8, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1}
 
 
-@dataclass(frozen=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """One tensor of a snapshot: `offset` and `nbytes` count from the start of the payload."""
 
     name: str
@@ -87,8 +86,11 @@ class SnapshotIndex:
 
 def write_index(payload: memoryview, head: bytes) -> None:
     """Write an encoded index, and the spaces after it, into the head of `payload`."""
+    (before,) = _LENGTH.unpack_from(payload)  # of the index that lies there: behind it are spaces already
+    end = min(_LENGTH.size + before, INDEX_BYTES) if before else INDEX_BYTES
+    if end > len(head):  # before the index: killed in between, what is left must not look clean
+        payload[len(head) : end] = _SPACES[: end - len(head)]
     payload[: len(head)] = head
-    payload[len(head) : INDEX_BYTES] = _SPACES[len(head) - _LENGTH.size :]
 
 
 def _check(index: SnapshotIndex, room: int) -> None:
@@ -116,7 +118,7 @@ def _check(index: SnapshotIndex, room: int) -> None:
 
 @lru_cache(maxsize=8)
 def _table(tensors: tuple[TensorSpec, ...]) -> str:
-    return _ENCODER.encode([vars(tensor) for tensor in tensors])
+    return _ENCODER.encode([tensor._asdict() for tensor in tensors])
 
 
 def layout(shapes: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[tuple[TensorSpec, ...], int]:

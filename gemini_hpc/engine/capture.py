@@ -40,6 +40,14 @@ class Moment:
     tensors: list["np.ndarray[Any, Any]"]
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a snapshot goes: the payload of a half, and the place of each tensor in it."""
+
+    payload: memoryview
+    tensors: list["np.ndarray[Any, Any]"]
+
+
 class Shard:
     """The tensors and the small state that make one rank of `engine`, and their places in a snapshot."""
 
@@ -59,7 +67,6 @@ class Shard:
         tensors = self._tensors()
         self.specs, self.nbytes = layout([(name, _DTYPES[t.dtype], tuple(t.shape)) for name, t in tensors.items()])
         self._small_state()  # what no snapshot can carry is refused here, before anything is trained
-        self._known_places: dict[int, list[np.ndarray[Any, Any]]] = {}  # address of a payload -> its tensors
 
     def clear_padding(self) -> None:
         """Zero the padding of the last rank's master shard, which DeepSpeed leaves uninitialised."""
@@ -80,20 +87,24 @@ class Shard:
 
         Small things, whatever the size of the model: done while the ranks vote, when nobody can train.
         """
-        tensors = self._tensors()
+        tensors = [tensor.numpy() for tensor in self._tensors().values()]
         state = self._small_state() | {"loss": loss}
         rank, world_size = self._engine.global_rank, self._zero.partition_count
         index = SnapshotIndex(rank, step, world_size, self.nbytes, self.specs, state)
-        return Moment(index.encode(), [tensors[spec.name].detach().numpy() for spec in self.specs])
+        return Moment(index.encode(), tensors)
 
-    def capture(self, payload: memoryview, moment: Moment) -> None:
-        """Copy what was gathered into `payload` (at least `nbytes` long), before anything of it changes.
+    def place(self, payload: memoryview) -> Place:
+        """Find the tensors' places in a payload of at least `nbytes`; once, for many snapshots."""
+        return Place(payload, [_view(payload, spec).numpy() for spec in self.specs])
+
+    def capture(self, place: Place, moment: Moment) -> None:
+        """Copy what was gathered to its place, before anything of it changes.
 
         Training stands still meanwhile; the cost is that of the memory copy. No collective.
         """
-        for place, tensor in zip(self._places(payload), moment.tensors, strict=True):
-            np.copyto(place, tensor)  # memmove: a third faster than torch's copy
-        write_index(payload, moment.index)
+        for target, tensor in zip(place.tensors, moment.tensors, strict=True):
+            np.copyto(target, tensor)  # memmove: a third faster than torch's copy
+        write_index(place.payload, moment.index)
 
     def restore(self, payload: memoryview) -> SnapshotIndex:
         """Put a snapshot back into the live engine (all ranks); return its index.
@@ -118,13 +129,6 @@ class Shard:
             zero.persistent_parameters[0].all_gather_coalesced(zero.persistent_parameters).wait()
         self._put_small_state(index.state)
         return index
-
-    def _places(self, payload: memoryview) -> list["np.ndarray[Any, Any]"]:
-        """Return the arrays in `payload` that the tensors are copied to; made once for each half."""
-        address = np.frombuffer(payload, np.uint8).__array_interface__["data"][0]
-        if address not in self._known_places:
-            self._known_places[address] = [_view(payload, spec).numpy() for spec in self.specs]
-        return self._known_places[address]
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Return the shard's tensors by their names in a snapshot, in a fixed order."""

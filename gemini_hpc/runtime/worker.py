@@ -32,6 +32,7 @@ from gemini_hpc.core.messages import (  # noqa: E402
 )
 from gemini_hpc.core.types import FRESH  # noqa: E402
 from gemini_hpc.engine import builder, reset  # noqa: E402
+from gemini_hpc.engine.capture import Place  # noqa: E402
 from gemini_hpc.engine.elastic import ElasticWorld, is_peer_failure  # noqa: E402
 from gemini_hpc.engine.training import not_finite, train_step  # noqa: E402
 from gemini_hpc.errors import GeminiError, UserError  # noqa: E402
@@ -77,6 +78,7 @@ class Worker:
         self._generation = 0  # whose group is held; 0 = none
         self._last_snapshot: int | None = None
         self._arena: Arena | None = None
+        self._places: list[Place] = []  # of the next snapshots: the halves of the own area
         rank = int(os.environ["GEMINI_RANK"])
         self._channel = channel
         builder.prepare(run.train.threads)
@@ -135,6 +137,7 @@ class Worker:
         if join.step != FRESH:
             self._verify(self._arena, join)
         rung = self._prepare_engine(join)
+        self._places = [self._built.shard.place(self._arena.payload(OWN, half)) for half in (0, 1)]
         ready = time.monotonic()
         self._world.join(join.generation, join.rank, join.store)
         joined = time.monotonic()
@@ -256,7 +259,7 @@ class Worker:
         start = time.monotonic()
         half = self._free_half(arena)
         arena.write_record(OWN, half, Record(State.WRITING, join.rank, step, join.generation))
-        shard.capture(arena.payload(OWN, half), moment)
+        shard.capture(self._places[half], moment)
         self._drills.strike_at("snapshot", step, join.rank)
         written = Record(State.WRITTEN, join.rank, step, join.generation, shard.nbytes)
         arena.write_record(OWN, half, written)

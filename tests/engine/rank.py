@@ -134,7 +134,7 @@ class Rank:
         start = time.monotonic()
         half, shard = step % 2, self._built.shard
         self._arena.write_record(0, half, Record(State.WRITING, self._world.rank, step))
-        shard.capture(self._arena.payload(0, half), shard.gather(step, loss))
+        shard.capture(shard.place(self._arena.payload(0, half)), shard.gather(step, loss))
         if trap:
             trap()
         self._arena.write_record(0, half, Record(State.WRITTEN, self._world.rank, step, nbytes=shard.nbytes))

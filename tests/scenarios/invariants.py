@@ -100,8 +100,8 @@ class Invariants:
         for at_step, checksums in self._safe.items():
             if to_step >= at_step:
                 continue
-            readable = not self._nobody_can_read()
-            if readable and all(self._survives(cluster, rank, at_step, checksum) for rank, checksum in checksums.items()):
+            whole = all(self._survives(cluster, rank, at_step, checksum) for rank, checksum in checksums.items())
+            if whole and not self._nobody_can_read():
                 raise Broken(f"I3: back to step {to_step}, though step {at_step} is whole ({reason})")
             self._safe = {}
 

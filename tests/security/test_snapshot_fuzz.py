@@ -20,7 +20,7 @@ NUMBERS = st.integers(-5, 2000) | st.floats() | st.booleans() | st.none() | st.s
 
 def good() -> dict[str, Any]:
     specs, nbytes = layout([("a", "float32", (10, 2)), ("b", "bool", ()), ("c", "int64", (0, 3))])
-    tensors = [{**vars(spec), "shape": list(spec.shape)} for spec in specs]
+    tensors = [{**spec._asdict(), "shape": list(spec.shape)} for spec in specs]
     return {"format": 1, "rank": 1, "step": 40, "world_size": 4, "nbytes": nbytes, "state": {}, "tensors": tensors}
 
 
