@@ -14,6 +14,7 @@ from gemini_hpc.core.messages import (
     Inventory,
     Join,
     Lead,
+    Load,
     Parked,
     Pull,
     Safe,
@@ -21,6 +22,7 @@ from gemini_hpc.core.messages import (
     WorkerLost,
     WorkerReady,
 )
+from gemini_hpc.core.state import term_of
 from gemini_hpc.core.types import FRESH
 
 
@@ -55,6 +57,10 @@ class Account:
             self.last_step = message
         elif isinstance(message, HostReady):
             self.host = message
+
+    def is_stale(self, order: Command) -> bool:
+        """Whether an order was given in an earlier term of the same coordinator, and was on its way for long."""
+        return isinstance(order, (Join, Safe, Pull, Load)) and term_of(order.generation) != self._informed[1]
 
     def role_of(self, order: Command) -> str:
         """Take note of an order; return the process that carries it out: worker, host or archiver; "" = none."""

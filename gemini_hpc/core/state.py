@@ -194,6 +194,11 @@ No two coordinators ever use the same number, and a newer one's are higher, thou
 """
 
 
+def term_of(generation: int) -> int:
+    """Return the term in which a generation was opened."""
+    return (generation - 1) // NUMBERS_OF_A_TERM + 1
+
+
 def new_cluster(
     rules: Rules, now: float, term: int = 1, due: Mapping[str, float] | None = None, absent: Iterable[str] = ()
 ) -> Cluster:

@@ -193,6 +193,8 @@ class Agent:
             )
 
     def _obey(self, order: Command) -> None:
+        if self._account.is_stale(order):
+            return
         if isinstance(order, Finish):
             self._cluster.send(Finish("", order.state, order.reason))  # the coordinator's own word may not arrive
             self._over = True

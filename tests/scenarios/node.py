@@ -328,7 +328,7 @@ class Node:
             self.from_child(self.sim.survey(below))
 
     def _obey(self, order: m.Command) -> None:
-        if not self.sim.obeys(self, order):
+        if self.account.is_stale(order) or not self.sim.obeys(self, order):
             return
         if isinstance(order, (m.Finish, m.Retire)):
             self.leave()

@@ -149,8 +149,10 @@ def test_back_behind_the_safe_step_nothing_is_overwritten_too_early(tmp_path: Pa
     agent = Agent.__new__(Agent)
     agent._arena, agent._account = arena, Account("n0")
     agent._account.generation = 1
+    agent._account.informs(m.Lead("n0", "n1", 1, 0.0, True))
     agent._household = SimpleNamespace(send=lambda *order: True)
     agent._obey(m.Safe("n0", 1, 50))
+    assert arena.safe_step == 50
     arena.write_record(OWN, 0, Record(State.SEALED, 0, 40, 2, 4096))
     agent._obey(m.Join("n0", 2, 0, 40, 0, "n1:1"))
     assert arena.safe_step <= 40
