@@ -54,7 +54,7 @@ class Progress:
             self._out.write("\n" + timeline.table(found) + "\n\n")
         state = status.get("state", "failed")
         if state not in FINAL:
-            state, status["reason"] = "failed", "the job ended without a result; is there room on the disk of the run?"
+            state, status["reason"] = "failed", "the job ended without a result: it was killed, or its disk is full"
         self._out.write(f"{state:<9}{status.get('reason', '')}\n".rstrip() + "\n")
         if status.get("verdict"):
             self._out.write(f"proof    {status['verdict']}\n")

@@ -128,6 +128,8 @@ def _check_corpus(run_dir: Path, corpus: str) -> None:
 
 
 def _resume(run_dir: Path, options: argparse.Namespace) -> tuple[Path, RunConfig]:
+    if options.config is not None:
+        raise UserError(f"--resume goes on with the run's own {CONFIG_FILE}; leave out {options.config}")
     before = read_run(run_dir)
     site = options.site or before.site.name
     config = load_run(run_dir / CONFIG_FILE, options.overrides, options.nodes, options.spares, options.site)
@@ -146,7 +148,9 @@ def _resume(run_dir: Path, options: argparse.Namespace) -> tuple[Path, RunConfig
             f"{run_dir} was started with other settings of model, data, train or number of nodes; "
             "resume it without those overrides, or start a new run"
         )
-    if newest and newest.step >= config.train.steps:
+    status = read_status(paths)
+    proven = status.get("state") == "finished" and (status.get("verdict") or not config.verify)
+    if newest and newest.step >= config.train.steps and proven:
         raise UserError(f"{run_dir} has done all its {config.train.steps} steps; start a new run")
     return run_dir, config
 

@@ -17,8 +17,8 @@ import xxhash
 
 from gemini_hpc.errors import GeminiError
 
-INDEX_BYTES = 64 << 10
-"""Room for the index: a few hundred tensors and the small state."""
+INDEX_BYTES = 256 << 10
+"""Room for the index: some two thousand tensors and the small state."""
 
 COPY_TUNING = {"GLIBC_TUNABLES": "glibc.cpu.x86_non_temporal_threshold=0x100000"}
 """Environment of a process that copies snapshots: from 1 MiB on, memmove writes past the caches. By default glibc does

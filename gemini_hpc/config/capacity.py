@@ -28,7 +28,7 @@ BUILD_BYTES = 4
 WORKER_BASE_BYTES = 512 << 20
 """A worker without a model (0.36 GiB measured, torch 2.13, DeepSpeed 0.19.8) and a node's small processes."""
 
-INDEX_BYTES = 64 << 10
+INDEX_BYTES = 256 << 10
 """The index at the head of a snapshot (arena/snapshot.py)."""
 
 ALIGN_BYTES = 64

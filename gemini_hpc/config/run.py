@@ -17,11 +17,11 @@ class TrainConfig(Section):
 
     entry: str = Field(EXAMPLE, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
     """where the training is built, MODULE:FUNCTION"""
-    steps: int = Field(120, ge=1)
+    steps: int = Field(120, ge=1, le=10**9)
     """steps (optimizer updates) to train"""
     seed: int = Field(1, ge=0, lt=2**63)
     """seed of the weights, of dropout and of the data's order"""
-    micro_batch: int = Field(4, ge=1)
+    micro_batch: int = Field(4, ge=1, le=1 << 20)
     """sequences of one rank in one forward and backward pass"""
     grad_accum: int = Field(1, ge=1)
     """micro batches per step"""
@@ -29,7 +29,7 @@ class TrainConfig(Section):
     """number format of the model; the optimizer always keeps fp32"""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """DeepSpeed settings, merged over ours"""
-    threads: int = Field(1, ge=1)
+    threads: int = Field(1, ge=1, le=1024)
     """CPU threads of each worker"""
     allow_nan: bool = False
     """train on when a loss or a gradient is not a finite number; by default such a step is taken back"""
@@ -189,6 +189,9 @@ def _contradictions(run: RunConfig) -> Iterator[str]:
     nodes, spares, replicas = run.cluster.nodes, run.cluster.spares, run.protect.replicas
     if run.train.precision == "fp16" and not run.site.gpus_per_node:
         yield "train.precision is fp16, which DeepSpeed does on GPUs only: set train.precision=bf16"
+    stage = run.train.deepspeed.get("zero_optimization", {"stage": 3})
+    if not isinstance(stage, dict) or stage.get("stage", 3) != 3:
+        yield "train.deepspeed.zero_optimization.stage must be 3, the only one that is made safe here: leave it out"
     if nodes < replicas:
         yield (
             f"protect.replicas is {replicas} but cluster.nodes is {nodes}, and each copy needs its own node:"

@@ -8,14 +8,18 @@ generators, which start anew in every step.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import nan
 from typing import Any
 
 import numpy as np
 import torch
 
-from gemini_hpc.arena import SnapshotIndex, TensorSpec, layout, write_index
+from gemini_hpc.arena import INDEX_BYTES, SnapshotIndex, TensorSpec, layout, write_index
 from gemini_hpc.engine.json_state import from_json, to_json
-from gemini_hpc.errors import UserError
+from gemini_hpc.errors import GeminiError, UserError
+
+GROWTH_BYTES = 4096
+"""How much longer the numbers of the small state may become while it trains."""
 
 _DTYPES = {
     torch.float32: "float32",
@@ -66,7 +70,7 @@ class Shard:
         self._buffers = {name for name, _ in engine.module.named_buffers() if name in persistent}
         tensors = self._tensors()
         self.specs, self.nbytes = layout([(name, _DTYPES[t.dtype], tuple(t.shape)) for name, t in tensors.items()])
-        self._small_state()  # what no snapshot can carry is refused here, before anything is trained
+        self._refuse_too_much()
 
     def clear_padding(self) -> None:
         """Zero the padding of the last rank's master shard, which DeepSpeed leaves uninitialised."""
@@ -92,6 +96,20 @@ class Shard:
         rank, world_size = self._engine.global_rank, self._zero.partition_count
         index = SnapshotIndex(rank, step, world_size, self.nbytes, self.specs, state)
         return Moment(index.encode(), tensors)
+
+    def _refuse_too_much(self) -> None:
+        """What no snapshot can carry is refused before anything is trained. Raises UserError."""
+        try:
+            room = INDEX_BYTES - len(self.gather(step=0, loss=nan).index)
+        except UserError:
+            raise
+        except GeminiError:  # it is longer than that
+            room = 0
+        if room < GROWTH_BYTES:
+            raise UserError(
+                f"the model's {len(self.specs)} tensors to save (optimizer state, buffers, frozen parameters) are more "
+                f"than the index of a snapshot names in its {INDEX_BYTES} bytes; make them fewer"
+            )
 
     def place(self, payload: memoryview) -> Place:
         """Find the tensors' places in a payload of at least `nbytes`; once, for many snapshots."""

@@ -170,6 +170,9 @@ class Agent:
         while (message := self._cluster.receive()) is not None:
             if isinstance(message, (NodeUp, NodeExited, WorldFailed)):
                 self._role.hear(message)
+            elif isinstance(message, Finish):
+                self._events.emit("run", state=message.state, reason=message.reason)
+                self._over = True
 
     def _read_orders(self) -> None:
         while (received := self._server.receive()) is not None:

@@ -8,9 +8,8 @@ from gemini_hpc.config import RunConfig
 
 def fingerprint(run: RunConfig) -> str:
     """Digest of the settings on which the bits of a run depend (not: where, or how protected)."""
-    train = run.train.model_dump(mode="json", exclude={"threads"})
     settings = {
-        "train": train,
+        "train": run.train.model_dump(mode="json"),  # threads too: they order the sums
         "model": run.model.model_dump(mode="json"),
         "data": run.data.model_dump(mode="json"),
         "nodes": run.cluster.nodes,

@@ -80,6 +80,13 @@ class Supervisor:
             if not self._voters:  # nodes that came back cannot coordinate
                 return "failed", "no node of the start is left; go on from the newest checkpoint with --resume"
 
+    def dismiss(self, reason: str) -> None:
+        """Tell all agents to leave now: nobody waits for what they still do."""
+        self._tell_all(Finish("", "stopped", reason))
+        for node, child in self._agents.items():
+            if node not in self._up:  # it could not be told
+                child.end()
+
     def close(self) -> None:
         """End what still runs: agents get a moment to leave, the rest gets none."""
         deadline = time.monotonic() + PATIENCE_S
@@ -202,6 +209,9 @@ def _train(paths: RunPaths, run: RunConfig) -> tuple[str, str]:
     supervisor = Supervisor(paths, run)
     try:
         return supervisor.serve()
+    except Interrupted as interruption:
+        supervisor.dismiss(str(interruption))
+        raise
     finally:
         supervisor.close()
 

@@ -22,11 +22,24 @@ def test_a_signal_to_submit_ends_the_run(number: signal.Signals, tmp_path: Path)
         run.assert_nothing_is_left()  # though nobody has reaped it yet
         run.wait_for_end(-9 if number == signal.SIGKILL else 130, timeout_s=GONE_S)
         assert run.status["state"] == "stopped"
+        told = {event["node"] for event in run.events("run", state="stopped")}
+        assert told == {"node0", "node1", "cluster"}  # they left when they were told, and did not train on
         if number != signal.SIGKILL:
             assert "--resume" in run.text
         if number == signal.SIGTERM:
             refused = call("submit", "--resume", str(run.run_dir), "train.seed=7")
             assert refused.returncode == 2 and "other settings" in refused.stderr
+
+
+def test_a_finished_training_that_was_not_proven_can_be_resumed_for_the_proof(tmp_path: Path) -> None:
+    settings = ("cluster.nodes=2", "cluster.spares=0", "train.steps=6", "verify=false", drills())
+    with Run(tmp_path, *settings) as run:
+        run.wait_for_end()
+    done = call("submit", "--resume", str(run.run_dir))
+    assert done.returncode == 2 and "has done all its 6 steps" in done.stderr
+    with Run(tmp_path, "verify=true", resume=run.run_dir) as again:
+        again.wait_for_end(timeout_s=300)
+        assert again.status["verdict"] == "all 14 losses equal those of the undisturbed run to the last bit"
 
 
 def test_ctrl_c_while_the_workers_start(tmp_path: Path) -> None:
