@@ -40,7 +40,7 @@ def run_once(kind: str) -> dict[str, float]:
     pieces = [
         {key: round(1000 * event[key], 1) for key in ("group_s", "reset_s", "restore_s")}
         for event in events
-        if event["kind"] == "resumed" and event["generation"] == 2
+        if event["kind"] == "resumed" and event["generation"] == item.generations[-1]
     ]
     longest = {key.replace("_s", "_ms"): max(piece[key] for piece in pieces) for key in pieces[0]}
     return {**milestones, **longest, "rung": item.rung, "step_ms": round(1000 * float(steps["step_s"].median()), 1)}
