@@ -173,6 +173,8 @@ def _on_lead(election: Election, now: float, lead: Lead) -> Step:
 
 
 def _on_heartbeat(election: Election, now: float, beat: Heartbeat) -> Step:
+    if beat.node in election.dead:
+        return election, []  # it is back, while its former self may still count elsewhere: it has no vote
     newest = max(beat.echo, election.echoes.get(beat.node, -1.0))
     return changed(election, echoes={**election.echoes, beat.node: newest}), []
 

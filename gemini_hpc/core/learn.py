@@ -9,6 +9,7 @@ from gemini_hpc.core.messages import (
     Damaged,
     Disconnected,
     Event,
+    Heartbeat,
     HostLost,
     HostReady,
     Inventory,
@@ -18,6 +19,7 @@ from gemini_hpc.core.messages import (
     Persisted,
     Published,
     Resumed,
+    Retire,
     Safe,
     Sealed,
     Stepped,
@@ -28,6 +30,7 @@ from gemini_hpc.core.messages import (
     WorkerReady,
     WorldFailed,
 )
+from gemini_hpc.core.recovery import newest_complete
 from gemini_hpc.core.state import Checkpoint, Cluster, Copy, Member, Phase, Worker, World, next_persist
 from gemini_hpc.core.turn import Turn
 from gemini_hpc.core.types import FRESH, changed
@@ -46,8 +49,12 @@ def learn(turn: Turn, event: Event) -> None:
         _OF_THE_CLUSTER[kind](turn, event)
         return
     member = turn.cluster.members.get(event.node)
-    if member is None or not member.alive:
-        return  # a stranger, or an evicted node that does not know it yet
+    if member is None:
+        return  # a stranger
+    if not member.alive:
+        if isinstance(event, Heartbeat):  # an evicted node that does not know it yet
+            turn.order(Retire(event.node, turn.cluster.generation))
+        return
     if kind in _EVIDENCE:
         _EVIDENCE[kind](turn, event)
         return
@@ -127,7 +134,10 @@ def _on_surveyed(turn: Turn, event: Surveyed) -> None:
     below = cluster.survey_below
     if cluster.surveyed or (below is not None and event.step >= below):
         return
-    if below is not None and event.step == FRESH:  # rather than quietly from the beginning
+    waited_for = (
+        cluster.phase is Phase.FORMING and newest_complete(cluster.copies, cluster.rules.world_size)[0] == FRESH
+    )
+    if below is not None and event.step == FRESH and waited_for:  # rather than quietly from the beginning
         turn.finish("failed", f"the checkpoint of step {below} is damaged, and there is no older one")
         return
     turn.set(surveyed=True)
@@ -333,7 +343,7 @@ def _on_persisted(turn: Turn, event: Persisted) -> None:
             turn.drop_copy(event.rank, event.step, event.node)
             turn.set(savers={rank: node for rank, node in cluster.savers.items() if rank != event.rank})
         else:
-            turn.end_persist()
+            turn.end_persist(failed=True)
         return
     if event.rank in cluster.files:
         return
@@ -344,9 +354,13 @@ def _on_persisted(turn: Turn, event: Persisted) -> None:
 
 
 def _on_published(turn: Turn, event: Published) -> None:
-    if event.step != turn.cluster.persisting:
-        if event.ok and event.step > turn.published_step():  # a coordinator before this one had ordered it
+    if event.step != turn.cluster.persisting or len(turn.cluster.files) < turn.cluster.rules.world_size:
+        if event.ok and event.step > turn.published_step():  # ordered by a coordinator before, or in an attempt before
             turn.set(surveyed=False)
+        return
+    if not event.ok and turn.cluster.phase is Phase.SAVING:
+        turn.note("persist_failed", step=event.step, reason=event.reason)
+        turn.set(publisher="")  # another will try
         return
     if event.ok:
         turn.set(published=Checkpoint(event.step, turn.cluster.files))
@@ -354,7 +368,7 @@ def _on_published(turn: Turn, event: Published) -> None:
         turn.note("persisted", step=event.step, path=event.path, bytes=total)
     else:
         turn.note("persist_failed", step=event.step, reason=event.reason)
-    turn.end_persist()
+    turn.end_persist(failed=not event.ok)
 
 
 Handlers = dict[type[Event], Callable[[Turn, Any], None]]

@@ -9,6 +9,9 @@ from gemini_hpc.core.state import Missing, Phase, Source, Worker, World
 from gemini_hpc.core.turn import Turn
 from gemini_hpc.core.types import FRESH, changed
 
+AGAIN_S = 2.0
+"""How long to wait before the last step is written again, or an order is repeated that saves a run."""
+
 WORLD_REST_S = 30.0
 """The longest pause between two attempts to start an MPI world that does not start."""
 
@@ -129,34 +132,54 @@ def _save(turn: Turn) -> None:
     if turn.in_phase_for() > cluster.rules.finish_s:
         turn.finish("stopped", f"{cluster.stopping}; step {cluster.persisting} could not be saved in time")
         return
-    complete = len(cluster.files) == cluster.rules.world_size
-    if complete and turn.alive and not cluster.members[cluster.publisher].alive:
-        turn.publish(turn.alive[0].node)
+    again = turn.now - cluster.asked > AGAIN_S
+    if len(cluster.files) == cluster.rules.world_size:
+        _publish_again(turn)
+        return
+    if again:
+        turn.set(asked=turn.now)
     for rank in range(cluster.rules.world_size):
         asked = turn.cluster.savers.get(rank)
-        if rank in cluster.files or (asked is not None and cluster.members[asked].alive):
+        if rank in cluster.files or (asked is not None and cluster.members[asked].alive and not again):
             continue
         places = cluster.copies.get((rank, cluster.persisting), {})
         if not places:
             turn.finish("stopped", f"{cluster.stopping}; rank {rank} of step {cluster.persisting} could not be saved")
             return
         asked_so_far = list(turn.cluster.savers.values())
-        node = min(places, key=lambda place: (asked_so_far.count(place), place))  # so that many write at once
+        # so that many write at once; who was asked before is asked again
+        first = min(places, key=lambda place: (asked_so_far.count(place), place))
+        node = asked if asked is not None and asked in places else first
         copy = places[node]
         turn.order(Persist(node, rank, cluster.persisting, copy.area, copy.half, copy.nbytes, copy.checksum))
         sums = {**turn.cluster.persist_sums, rank: copy.checksum}
         turn.set(savers={**turn.cluster.savers, rank: node}, persist_sums=sums)
 
 
+def _publish_again(turn: Turn) -> None:
+    """All files are written: see that they are published, by another node where the first one is gone."""
+    publisher = turn.cluster.members.get(turn.cluster.publisher)
+    if publisher is None or not publisher.alive:
+        turn.publish(turn.alive[0].node)
+    elif turn.now - turn.cluster.asked > AGAIN_S:
+        turn.publish(publisher.node)
+
+
 def _gather(turn: Turn) -> None:
     """New members fetch while survivors leave the old group; then everybody is told to join."""
     cluster, plan = turn.cluster, turn.cluster.plan
     assert plan is not None
+    if reason := _plan_is_void(turn):
+        turn.open_generation(reason)
+        return
     for rank, node in plan.ranks.items():
         if rank not in cluster.fetched:
             _fetch(turn, rank, node)
     missing = [rank for rank in plan.ranks if rank not in cluster.fetched and plan.sources[rank].tier == "peer"]
     if missing and turn.in_phase_for() > cluster.rules.gather_s:
+        if cluster.published is None:  # rather than quietly from the beginning
+            turn.save_and_stop(f"nobody could give rank {missing[0]} within {cluster.rules.gather_s:.0f} s")
+            return
         turn.set(copies={key: places for key, places in cluster.copies.items() if key[0] not in missing})
         turn.open_generation(f"nobody could give rank {missing[0]} within {cluster.rules.gather_s:.0f} s")
         return
@@ -178,6 +201,22 @@ def _gather(turn: Turn) -> None:
         turn.order(Join(node, cluster.generation, rank, plan.step, half, store))
         turn.set_worker(node, Worker.BUSY, joined=cluster.generation)
     turn.enter(Phase.JOINING)
+
+
+def _plan_is_void(turn: Turn) -> str:
+    """Say why what was planned cannot be done any more; "" = it can."""
+    cluster, plan = turn.cluster, turn.cluster.plan
+    assert plan is not None
+    for rank, source in plan.sources.items():
+        if source.tier in ("local", "peer") and not cluster.copies.get((rank, plan.step)):
+            return f"nobody has rank {rank} of step {plan.step} any more"
+        if source.tier == "local" and plan.ranks[rank] not in cluster.copies[rank, plan.step]:
+            return f"{plan.ranks[rank]} has rank {rank} of step {plan.step} no more"
+        if source.tier == "persistent" and (cluster.published is None or cluster.published.step != plan.step):
+            return f"another checkpoint than that of step {plan.step} is the newest"
+    if len(cluster.fetched) < len(plan.ranks) and turn.in_phase_for() > cluster.rules.finish_s:
+        return f"not every rank has its snapshot after {cluster.rules.finish_s:.0f} s"
+    return ""
 
 
 def _fetch(turn: Turn, rank: int, node: str) -> None:
@@ -283,23 +322,39 @@ def _start_persist(turn: Turn) -> None:
     cluster = turn.cluster
     if cluster.persisting != FRESH and turn.now - cluster.persist_since > cluster.rules.finish_s:
         turn.note("persist_failed", step=cluster.persisting, reason="some node did not answer in time")
-        turn.end_persist()
+        turn.end_persist(failed=True)
         cluster = turn.cluster
-    if not cluster.surveyed or cluster.persisting != FRESH:
+    if cluster.persisting != FRESH:
+        if len(cluster.files) == cluster.rules.world_size:
+            _publish_again(turn)
+        elif turn.now - cluster.asked > AGAIN_S:
+            _ask_to_persist(turn)
+        return
+    if not cluster.surveyed:
         return
     step = cluster.safe_step
     if cluster.done_since >= 0:  # nothing newer will come, and a link may be down for as long as it likes
         step = max(step, recovery.newest_complete(cluster.copies, cluster.rules.world_size)[0])
     held = {rank: cluster.copies.get((rank, step), {}) for rank in cluster.ranks}
-    if step < cluster.next_persist or not all(held.values()):
+    tried = cluster.persist_since >= 0 and turn.now - cluster.persist_since < AGAIN_S
+    if step < cluster.next_persist or not all(held.values()) or (tried and cluster.done_since >= 0):
         return
     sums = {rank: next(iter(places.values())).checksum for rank, places in held.items()}
     turn.set(persisting=step, persist_since=turn.now, persist_sums=sums, files={})
-    for rank, places in held.items():
-        # an owner that did not hear in time that it was safe has perhaps overwritten its own
-        node = cluster.ranks[rank] if cluster.ranks[rank] in places else min(places)
-        copy = places[node]
-        turn.order(Persist(node, rank, step, copy.area, copy.half, copy.nbytes, copy.checksum))
+    _ask_to_persist(turn)
+
+
+def _ask_to_persist(turn: Turn) -> None:
+    """Have the ranks' snapshots written that are not yet, by their owners where these still hold them."""
+    cluster = turn.cluster
+    turn.set(asked=turn.now)
+    for rank, node in cluster.ranks.items():
+        places = cluster.copies.get((rank, cluster.persisting), {})
+        if places and rank not in cluster.files:
+            # an owner that did not hear in time that it was safe has perhaps overwritten its own
+            where = node if node in places else min(places)
+            copy = places[where]
+            turn.order(Persist(where, rank, cluster.persisting, copy.area, copy.half, copy.nbytes, copy.checksum))
 
 
 def _end_run(turn: Turn) -> None:

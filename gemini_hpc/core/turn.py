@@ -203,11 +203,13 @@ class Turn:
         """All files of the step that is being persisted are written: have its manifest written by `node`."""
         cluster = self.cluster
         wire = {str(rank): list(entry) for rank, entry in sorted(cluster.files.items())}
-        self.set(publisher=node)
+        self.set(publisher=node, asked=self.now)
         self.order(Publish(node, cluster.generation, cluster.persisting, wire))
 
-    def end_persist(self) -> None:
-        following = next_persist(self.cluster.rules, self.cluster.persisting)
+    def end_persist(self, failed: bool = False) -> None:
+        """It is done, or given up until the next one is due; the last of all is tried again."""
+        rules, step = self.cluster.rules, self.cluster.persisting
+        following = step if failed and step == rules.total_steps else next_persist(rules, step)
         self.set(persisting=FRESH, files={}, next_persist=following)
 
     def finish(self, state: str, reason: str) -> None:

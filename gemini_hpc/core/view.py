@@ -64,6 +64,8 @@ def _waiting_for(cluster: Cluster, now: float) -> list[str]:
             f"rank {r}'s snapshot from {s.node or s.tier}" for r, s in plan.sources.items() if r not in cluster.fetched
         ]
         late = [node for node in plan.ranks.values() if members[node].worker is not Worker.IDLE]
+        first = plan.step == FRESH and cluster.world.state == "starting"
+        fetches += [f"MPI world {cluster.world.number} of the window hosts (starting)"] if first else []
         return fetches + [f"worker of {node} ({members[node].worker.value})" for node in late]
     if cluster.phase is Phase.JOINING:
         return [f"rank {rank} to resume" for rank in cluster.ranks if rank not in cluster.resumed]

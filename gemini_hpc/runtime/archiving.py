@@ -23,6 +23,9 @@ class Archiving:
         household.start("archiver", MODULE)
 
     def order(self, order: Command) -> None:
+        """Have it carried out. What is told again while it is in the queue is not done twice."""
+        if any(order == waiting for _, waiting in self._orders):
+            return
         self._orders.append((time.monotonic(), order))
         self._household.send("archiver", order)
 

@@ -161,7 +161,7 @@ def rules_of(run: RunConfig, nodes: tuple[str, ...]) -> Rules:
         join_s=recovery.join_s,
         progress_s=recovery.progress_s,
         world_s=recovery.world_s,
-        finish_s=recovery.join_s + recovery.archive_s,
+        finish_s=recovery.join_s + run.protect.replicas * recovery.archive_s,  # one node may write for its partners
         max_restarts=recovery.max_restarts,
         max_fruitless=recovery.max_fruitless,
     )

@@ -61,6 +61,8 @@ class Invariants:
         """Look at what a coordinator has just decided."""
         if before is not None and after.rules is before.rules and after.generation < before.generation:
             raise Broken("the generation went backwards")
+        if after.published is not None and len(after.published.files) != after.rules.world_size:
+            raise Broken(f"the checkpoint of step {after.published.step} without all its files")
         if not orders:
             return
         joins = [order for order in orders if isinstance(order, m.Join)]

@@ -343,7 +343,7 @@ class Node:
             self.worker.take(order)
         elif role == "host" and self.host is not None:
             self.host.obey(order)
-        elif role == "archiver":
+        elif role == "archiver" and all(order != waiting for _, waiting in self.archiving):
             self.archiving.append((self.clock(), order))
             self.archiver.next()
 

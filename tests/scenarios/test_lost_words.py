@@ -1,0 +1,183 @@
+"""Any order and any answer may be lost with the line that carried it, and any attempt may fail once."""
+
+import pytest
+
+from gemini_hpc.core import messages as m
+from gemini_hpc.core.state import Checkpoint, Phase
+from tests.scenarios.node import CLUSTER
+from tests.scenarios.simulation import NBYTES, Content, Simulation, rules
+from tests.scenarios.test_recoveries import finish, started
+
+
+def checkpoint(step: int) -> Checkpoint:
+    checksums = {rank: Content(rank, step, 7, 0).sealed().checksum for rank in range(4)}
+    return Checkpoint(step, {rank: (f"rank-{rank:04d}.h5", NBYTES, checksum) for rank, checksum in checksums.items()})
+
+
+def saving() -> Simulation:
+    """Out of nodes at step 100 or later, with nothing on the persistent tier."""
+    cluster = started(nodes=4, persist_every=1000, total_steps=400)
+    cluster.run(lambda c: c.cluster.safe_step >= 100, 100)
+    cluster.persist_s = 0.3
+    cluster.kill_node("n2")
+    return cluster.run(lambda c: c.cluster.phase is Phase.SAVING)
+
+
+def lose_first(cluster: Simulation, kind: type[m.Command]) -> list[m.Command]:
+    """The first order of that kind is lost; return where it will be found."""
+    lost: list[m.Command] = []
+
+    def obeyed(order: m.Command) -> bool:
+        if isinstance(order, kind) and not lost:
+            lost.append(order)
+            return False
+        return True
+
+    cluster.obeyed = obeyed
+    return lost
+
+
+def lose_first_event(cluster: Simulation, kind: type[m.Event]) -> list[m.Event]:
+    lost: list[m.Event] = []
+
+    def taken(event: m.Event) -> bool:
+        if isinstance(event, kind) and not lost:
+            lost.append(event)
+            return True
+        return False
+
+    cluster.intercept = taken
+    return lost
+
+
+def test_a_line_that_breaks_for_a_second_while_the_last_state_is_saved() -> None:
+    cluster = saving()
+    cluster.run_for(0.05)
+    cluster.cut(cluster.lines_between(["n3"], ["n0"]), 1.0, broken=True)
+    cluster.run(Simulation.over, 100)
+    assert max(cluster.manifests) >= 100
+
+
+@pytest.mark.parametrize("kind", [m.Persist, m.Publish])
+def test_an_order_is_lost_while_the_last_state_is_saved(kind: type[m.Command]) -> None:
+    cluster = saving()
+    lost = [] if cluster.ordered(m.Persist) and kind is m.Persist else lose_first(cluster, kind)
+    cluster.run(Simulation.over, 100)
+    assert max(cluster.manifests) >= 100 and (lost or kind is m.Persist)
+
+
+@pytest.mark.parametrize("kind", [m.Persisted, m.Published])
+def test_an_answer_is_lost_while_the_last_state_is_saved(kind: type[m.Event]) -> None:
+    cluster = saving()
+    lost = lose_first_event(cluster, kind)
+    cluster.run(Simulation.over, 100)
+    assert max(cluster.manifests) >= 100 and lost
+
+
+def test_the_archiver_dies_while_it_publishes_the_last_state() -> None:
+    cluster = saving()
+    cluster.run(lambda c: bool(c.ordered(m.Publish)))
+    (publish,) = cluster.ordered(m.Publish)
+    cluster.nodes[publish.node].end_archiver()
+    cluster.run(Simulation.over, 100)
+    assert max(cluster.manifests) >= 100
+
+
+def test_the_archiver_dies_while_it_writes_the_last_checkpoint() -> None:
+    cluster = Simulation()
+    cluster.run(lambda c: any(order.step == 30 for order in c.ordered(m.Persist)))
+    cluster.nodes["n2"].end_archiver()
+    finish(cluster)
+
+
+@pytest.mark.parametrize("kind", [m.Persist, m.Publish])
+def test_an_order_for_the_last_checkpoint_is_lost(kind: type[m.Command]) -> None:
+    cluster = Simulation().run(lambda c: c.reached(29))
+    lost = lose_first(cluster, kind)
+    finish(cluster)
+    assert lost
+
+
+def test_a_spare_dies_while_a_checkpoint_is_published() -> None:
+    """Its loss begins the writing anew; the word that the first attempt is published must not pass for the second's."""
+    cluster = Simulation(rules(7, total_steps=400, persist_every=20))
+    cluster.exit_s = 0.001
+    cluster.run(lambda c: bool(c.ordered(m.Publish)))
+    cluster.kill_node("n6")
+    cluster.run(lambda c: c.cluster.published is not None)
+    assert cluster.cluster.published is not None and len(cluster.cluster.published.files) == 4
+    cluster.kill_node("n2")
+    cluster.kill_node("n3")
+    finish(cluster, published=400)
+
+
+def test_the_only_source_dies_while_it_is_read_though_it_has_no_rank() -> None:
+    """An evicted node that did not hear so still has what its successor has not replicated yet."""
+    cluster = Simulation(rules(8, total_steps=2000, persist_every=5))
+    cluster.run(lambda c: c.running() and c.reached(20) and c.cluster.published is not None)
+    cluster.obeyed = lambda o: (
+        not (isinstance(o, m.Retire) or (isinstance(o, m.Pull) and o.node == "n4" and o.area == 1))
+    )
+    cluster.cut(cluster.lines_between(["n3"], [*cluster.rules.nodes, CLUSTER]), 3.0, broken=True)
+    cluster.run(lambda c: c.running() and c.cluster.generation > 1)
+    cluster.run(lambda c: not c.network.cuts)
+    cluster.run_for(0.5)
+    cluster.kill_node("n0")
+    cluster.kill_node("n2")
+    cluster.obeyed = lambda o: not (isinstance(o, m.Retire) or (isinstance(o, m.Pull) and o.area == 0))
+    cluster.run(lambda c: c.leader is not None and c.leader.name != "n0" and c.cluster.phase is Phase.GATHERING, 30)
+    cluster.obeyed = None
+    cluster.kill_node("n3")
+    cluster.run(Simulation.over, 400)
+    assert cluster.outcome == "finished"
+
+
+def test_the_order_to_load_or_its_answer_is_lost() -> None:
+    cluster = Simulation(published=checkpoint(20))
+    cluster.persist_s = 0.2
+    cluster.run(lambda c: len(c.ordered(m.Load)) == 4)
+    cluster.cut(cluster.lines_between(["n2"], ["n0"]), 0.3, broken=True)
+    finish(cluster)
+
+
+def test_an_evicted_node_that_did_not_hear_so_is_told_again_and_comes_back() -> None:
+    cluster = Simulation(rules(5, total_steps=2000)).run(lambda c: c.running() and c.reached(5))
+    cluster.return_s = 0.5
+    cluster.cut(cluster.lines_between(["n1"], ["n0", "n2", "n3", "n4", CLUSTER]), 4.0, broken=True)
+    cluster.run(lambda c: any(said["target"] == "n1" for said in c.said("evict")))
+    cluster.run(lambda c: any(said["target"] == "n1" for said in c.said("returned")))
+    cluster.run_for(5.0)
+    cluster.return_s = None
+    cluster.kill_node("n2")
+    cluster.run(Simulation.over, 400)
+    assert cluster.outcome == "finished"
+
+
+def test_a_snapshot_that_nobody_can_read_is_saved_rather_than_trained_again_from_the_beginning() -> None:
+    cluster = started(nodes=6, persist_every=1000, total_steps=2000)
+    cluster.run(lambda c: c.cluster.safe_step >= 100, 100)
+    cluster.cut(cluster.lines_between(["n4"], ["n3"]), 60.0)
+    cluster.kill_node("n2")
+    cluster.run(Simulation.over, 120)
+    assert cluster.outcome == "stopped" and max(cluster.manifests) >= 100
+
+
+def test_a_node_that_is_back_does_not_answer_for_its_former_self() -> None:
+    """Its former self voted for one leader, and still counts at the other for a lease."""
+    cluster = Simulation(rules(3, world_size=2, total_steps=500))
+    cluster.run(lambda c: c.running() and c.reached(5) and all(n.seat.leader == "n0" for n in c.nodes.values()))
+
+    def between(one: str, other: str) -> list[tuple[str, str]]:
+        return [(one, other), (other, one)]
+
+    cluster.cut(between("n0", "n1"), 60.0)
+    cluster.cut(between("n0", "n2"), 1.3)
+    cluster.cut([("n2", "n1")], 2.2)
+    cluster.run(lambda c: c.nodes["n2"].seat.election.voted > 1, 10)
+    cluster.run(lambda c: c.nodes["n0"].seat.election.may_act(c.nodes["n0"].clock()), 10)
+    cluster.cut([("n1", "n2")], 0.7)
+    cluster.run(lambda c: c.nodes["n1"].seat.election.leads, 10)
+    cluster.cut(between("n0", "n2"), 60.0)
+    cluster.return_s = 0.2
+    cluster.kill_node("n2")
+    cluster.run_for(2.0)  # breaks I4 where the new life's answer counts
