@@ -88,6 +88,8 @@ def _form(turn: Turn) -> None:
         turn.save_and_stop(f"{cluster.fruitless} generations in a row ended before a step was done")
         return
     plan = recovery.plan(cluster)
+    if plan is None and any(m.held is None for m in turn.alive):
+        return  # somebody is on his way back, and is given up when he is due
     if plan is None:
         turn.save_and_stop(f"no node is left for every rank (the last was lost because {cluster.last_loss})")
         return

@@ -127,7 +127,8 @@ class Turn:
         """The node lives, its worker does not: start another there, unless it keeps failing."""
         member, rules = self.cluster.members[node], self.cluster.rules
         self.note("suspect", target=node, evidence="worker", reason=reason)
-        if member.restarts >= rules.max_restarts and not self.cluster.begun:  # nobody could ever start
+        enough = len(self.alive) > rules.world_size
+        if member.restarts >= rules.max_restarts and not (self.cluster.begun or enough):  # nobody could ever start
             self.save_and_stop(f"the worker of {node} failed {member.restarts + 1} times in a row: {reason}")
             return
         if member.restarts >= rules.max_restarts:

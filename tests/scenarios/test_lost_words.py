@@ -181,3 +181,24 @@ def test_a_node_that_is_back_does_not_answer_for_its_former_self() -> None:
     cluster.return_s = 0.2
     cluster.kill_node("n2")
     cluster.run_for(2.0)  # breaks I4 where the new life's answer counts
+
+
+def test_a_node_that_is_on_its_way_back_is_waited_for() -> None:
+    cluster = started(total_steps=200)
+    cluster.return_s = 0.1
+    cluster.kill_node("n1")
+    cluster.run(lambda c: c.running() and c.cluster.generation > 1)
+    cluster.run(lambda c: c.cluster.members["n1"].alive and c.cluster.members["n1"].held is None)
+    cluster.kill_node("n2")
+    cluster.run(Simulation.over, 100)
+    assert cluster.outcome == "finished"
+
+
+def test_a_spare_that_cannot_start_does_not_keep_the_others_from_it() -> None:
+    cluster = Simulation()
+    for attempt in range(rules().max_restarts + 1):
+        cluster.run(lambda c, attempt=attempt: len(c.ordered(m.RestartWorker)) == attempt and c.leader is not None)
+        cluster.run(lambda c: c.nodes["n4"].worker.alive and "n4" in c.cluster.members and c.cluster.counted)
+        cluster.kill_worker("n4")
+    finish(cluster)
+    assert [said["target"] for said in cluster.said("evict")] == ["n4"]
