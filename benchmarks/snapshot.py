@@ -89,9 +89,7 @@ def _meeting_point(world: "object", rank: int) -> str:
     """Rank 0 opens a store and tells the other through a file; return its address."""
     place = Path(os.environ["MEETING_POINT"])
     if rank == 0:
-        global store  # it must outlive the group
-        store, address = world.new_store()  # type: ignore[attr-defined]
-        place.with_suffix(".tmp").write_text(address)
+        place.with_suffix(".tmp").write_text(world.open_store())  # type: ignore[attr-defined]
         place.with_suffix(".tmp").rename(place)
     while not place.exists():
         time.sleep(0.01)

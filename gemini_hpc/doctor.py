@@ -4,11 +4,9 @@ import json
 import secrets
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TextIO
 
 from gemini_hpc.cli import Parser, run_command, split_settings
@@ -52,8 +50,7 @@ def case_for(run: RunConfig) -> Iterator[Case]:
     except OSError as error:
         raise GeminiError(f"{error.filename}: {error.strerror}: every run has its lock there; mount a tmpfs") from error
     try:
-        with tempfile.TemporaryDirectory(prefix="gemini-doctor-") as scratch:
-            yield Case(run, shapes, name, Path(scratch))
+        yield Case(run, shapes, name)
     finally:
         lock.release()
 

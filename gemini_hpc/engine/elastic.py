@@ -19,13 +19,12 @@ from torch._C._distributed_c10d import FakeProcessGroup
 from torch.distributed import ProcessGroup, ProcessGroupGloo
 from torch.distributed import distributed_c10d as c10d
 
+from gemini_hpc.engine.store import StoreClient, StoreServer
 from gemini_hpc.errors import UserError
 
 BACKEND = "elastic"
 
 _SHUT_AGAIN_S = 0.005
-_REACH_S = 2.0
-"""To connect to a store that listens."""
 
 _DELEGATED = [
     "allreduce",
@@ -111,6 +110,8 @@ class ElasticWorld:
         self._groups: list[ElasticGroup] = []
         self._lock = threading.Lock()
         self._device: Any = None
+        self._own_store: StoreServer | None = None
+        self._store: StoreClient | None = None  # the group's: it may be asked for as long as the group lives
         self._before: set[int] = set()  # sockets that are not the current group's
         self._sockets: dict[int, int] | None = {}  # inode -> descriptor of the group's; None = being made
         self._generation = 0  # whose group is held or being made
@@ -128,37 +129,31 @@ class ElasticWorld:
         self._groups.append(group)
         return group
 
-    def new_store(self) -> "tuple[dist.TCPStore, str]":
-        """Open a c10d store for a coming generation in this process; return it and its "host:port"."""
-        listener = socket.create_server((self._address, 0))  # left to itself the store listens on all interfaces
-        port = listener.getsockname()[1]
-        bound: dict[str, Any] = {"wait_for_workers": False, "master_listen_fd": listener.fileno()}
-        store = dist.TCPStore(self._address, port, None, True, self._timeout, **bound)
-        listener.detach()  # the store's now
-        return store, f"{self._address}:{port}"
+    def open_store(self) -> str:
+        """Offer a store for the next generation, in case this process is its rank 0; return its "host:port"."""
+        if self._own_store is not None:
+            self._own_store.close()
+        self._own_store = StoreServer(self._address)
+        return self._own_store.address
 
     def join(self, generation: int, rank: int, address: str) -> None:
         """Put the real group of `generation` inside every elastic group (all ranks).
 
-        All reach rank 0's store at `address`, rank 0 too: an abort can shut only what was opened in here. Blocks
-        until all ranks came, at most the timeout; raises RuntimeError when `abort` is called meanwhile or a peer
-        does not come.
+        They meet at rank 0's store, which listens at `address`. Blocks until all ranks came, at most the timeout;
+        raises RuntimeError when `abort` is called meanwhile or a peer does not come.
         """
         with self._lock:
             self._before = set(_connections())
-            self._sockets = {}  # an abort lets the store be reached, which is quick: shut, TCPStore would try again
-            self._generation = generation
-        self._refuse_aborted()
-        store = self._reach(address)
-        with self._lock:
             self._sockets = None
+            self._generation = generation
         try:
+            self._refuse_aborted()
+            self._store = store = StoreClient(address, self._timeout.total_seconds())
             for index, group in enumerate(self._groups):
                 self._refuse_aborted()
                 prefix = dist.PrefixStore(f"generation-{generation}/group-{index}", store)
                 group.become(rank, self._gloo_group(prefix, rank))
             self.rank = rank
-            self._store = store  # the group's members may ask it as long as the group lives
         finally:
             with self._lock:
                 self._sockets = {i: fd for i, fd in _connections().items() if i not in self._before}
@@ -176,7 +171,9 @@ class ElasticWorld:
             c10d._world.pg_coalesce_state.pop(group, None)  # filled when a coalesced collective failed
         with self._lock:
             self._sockets = {}
-        self._store = None
+        if self._store is not None:
+            self._store.close()
+            self._store = None
 
     def vote(self, mine: bool) -> Callable[[], bool]:
         """Cast a vote (all ranks); what is returned waits for all of them, and says whether all are true.
@@ -220,18 +217,6 @@ class ElasticWorld:
     def aborted(self) -> bool:
         """Whether the generation whose group is held, or was held last, has been aborted."""
         return self._generation <= self._aborted_through
-
-    def _reach(self, address: str) -> "dist.TCPStore":
-        host, port = address.rsplit(":", 1)
-        # Its owner listened before it told anybody: a refusal means that it is gone. TCPStore would try again
-        # until the timeout.
-        try:
-            socket.create_connection((host, int(port)), self._timeout.total_seconds()).close()
-        except OSError as error:
-            raise dist.DistNetworkError(f"the store of rank 0 at {address} cannot be reached: {error}") from error
-        store = dist.TCPStore(host, int(port), None, False, datetime.timedelta(seconds=_REACH_S))
-        store.set_timeout(self._timeout)
-        return store
 
     def _gloo_group(self, store: "dist.Store", rank: int) -> ProcessGroup:
         options = ProcessGroupGloo._Options()
@@ -292,4 +277,4 @@ def is_peer_failure(error: BaseException) -> bool:
     if isinstance(error, dist.DistError):
         return True
     text = str(error)
-    return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "NCCL", "TCPStore"))
+    return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "NCCL"))

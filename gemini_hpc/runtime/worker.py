@@ -86,7 +86,7 @@ class Worker:
         self._world = ElasticWorld(rank, run.cluster.nodes, os.environ["GEMINI_ADDRESS"], run.recovery.collective_s)
         threading.Thread(target=self._listen, daemon=True).start()
         self._built = builder.build(self._entry, run, rank)
-        self._store, address = self._world.new_store()
+        address = self._world.open_store()
         self._channel.send(WorkerReady(node, rank, self._built.shard.nbytes, address))
 
     def serve(self) -> None:
@@ -126,7 +126,7 @@ class Worker:
     def _park(self) -> None:
         """Leave the group, and hold a fresh store for the next."""
         self._world.leave()
-        self._store, address = self._world.new_store()
+        address = self._world.open_store()
         self._channel.send(Parked(self._node, self._generation, address))
         self._generation = 0
 

@@ -86,8 +86,7 @@ class Rank:
         self._arena = Arena.open(Path(path))
 
     def open_store(self) -> str:
-        self._store, address = self._world.new_store()
-        return str(address)
+        return str(self._world.open_store())
 
     def leave(self) -> str:
         """Give up the group; return the address of a store for the next."""

@@ -63,8 +63,6 @@ class Case:
     """Of every size of the example model; none for somebody else's, which is known once it is built."""
     id: str
     """Like a run's: processes and files that bear it are found by `processes.clear`, and by the next run's sweep."""
-    scratch: Path
-    """A folder for small files, on a local disk."""
 
     @property
     def needs(self) -> Needs | None:

@@ -63,13 +63,13 @@ def slurm_commands(_case: Case) -> Finding:
 def kernel(case: Case) -> Finding:
     """What agents and supervisor need of it: pidfd, PR_SET_PDEATHSIG, packet sockets, flock."""
     _check_parental_death()
-    listener = Listener(case.scratch / "agent.sock")
-    line = Channel.connect(case.scratch / "agent.sock")
+    listener = Listener(case.shared("agent.sock"))
+    line = Channel.connect(case.shared("agent.sock"))
     line.send(Hello("node0", "worker", os.getpid(), 0))
     other_end = listener.accept()
     if other_end is None or not isinstance(other_end.receive(), Hello):
         return problem("a packet did not come out of a Unix socket: leave the sandbox (gVisor, WSL 1)")
-    with open(case.scratch / "lock", "w") as held, open(case.scratch / "lock", "w") as asked:
+    with open(case.shared("lock"), "w") as held, open(case.shared("lock"), "w") as asked:
         fcntl.flock(held, fcntl.LOCK_EX)
         try:
             fcntl.flock(asked, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -57,8 +57,8 @@ def loopback(case: Case) -> Finding:
 
 def control_plane(case: Case) -> Finding:
     """A handshake with keys made for it, and messages there and back."""
-    make_keys(case.scratch / "keys.json")
-    wire = Wire(case.scratch / "keys.json")
+    make_keys(case.shared("keys.json"))
+    wire = Wire(case.shared("keys.json"))
     server = wire.listen(address_of(NODES[0], NODES))
     client = wire.call(server.endpoint, NODES[1])
     times = [_exchange(client, server) for _ in range(1 + EXCHANGES)]
@@ -127,7 +127,7 @@ class _World:
     """Two window hosts over small arenas. What is started and made here is ended by `examine`."""
 
     def __init__(self, case: Case, arenas: list[Arena]) -> None:
-        self._log = case.scratch / "windows.log"
+        self._log = case.shared("windows.log")
         self._source = arenas[0]
         sockets = [case.shared(f"{node}.sock") for node in NODES]
         listeners = [Listener(path) for path in sockets]
@@ -215,7 +215,7 @@ def gloo_group(case: Case) -> Finding:
             [*DYING_WITH_US, sys.executable, "-m", "gemini_hpc.runtime.probes.rank", str(rank), GROUP_ADDRESS, timeout],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=(case.scratch / f"rank-{rank}.log").open("wb"),
+            stderr=case.shared(f"rank-{rank}.log").open("wb"),
             text=True,
         )
         for rank in range(2)
@@ -243,5 +243,5 @@ def _line(case: Case, ranks: "list[subprocess.Popen[str]]", rank: int) -> str:
     assert output
     if line := output.readline():
         return line
-    word = last_line((case.scratch / f"rank-{rank}.log").read_text(errors="replace").splitlines())
+    word = last_line(case.shared(f"rank-{rank}.log").read_text(errors="replace").splitlines())
     raise GeminiError(f"a process of the gloo group broke down ({word})")

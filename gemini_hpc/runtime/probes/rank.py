@@ -24,7 +24,7 @@ def main() -> None:
 
     load_s = time.monotonic() - began
     world = ElasticWorld(rank, 2, address, timeout_s)
-    _store, offered = world.new_store()  # kept: its listener ends with it
+    offered = world.open_store()
     print(offered, flush=True)
     store = sys.stdin.readline().strip()
     began = time.monotonic()
