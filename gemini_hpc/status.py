@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from typing import Any
 from unicodedata import category
 
@@ -12,6 +13,9 @@ from gemini_hpc.runtime.paths import open_run
 from gemini_hpc.runtime.processes import is_held
 from gemini_hpc.runtime.status_file import read_status
 from gemini_hpc.telemetry import read_events
+
+SILENT_S = 5.0
+"""A status that is older was written by a coordinator that is no more."""
 
 
 def main(arguments: list[str]) -> int:
@@ -24,6 +28,8 @@ def main(arguments: list[str]) -> int:
         recoveries = timeline.recoveries(read_events(paths.run_dir))
         told = timeline.table(recoveries) if recoveries else ""
     status = {"run_dir": str(paths.run_dir), "alive": is_held(paths.lock), **read_status(paths)}
+    with parsing(str(paths.status)):
+        status["age_s"] = round(max(0.0, time.time() - status["t"]), 1) if "t" in status else None
     with parsing(str(paths.status)):
         text = _json(status, recoveries) if options.json else _text(run.name, status)
     print(_printable(text if options.json or not told else f"{text}\n\n{told}"))
@@ -61,6 +67,8 @@ def _text(name: str, status: dict[str, Any]) -> str:
     ]
     if status["waiting_for"]:
         lines.append(f"waiting for {status['waiting_s']} s for: " + ", ".join(status["waiting_for"]))
+    if status["alive"] and status["age_s"] > SILENT_S:
+        lines.append(f"nobody has led this run for {status['age_s']:.0f} s: a node that a majority answers is awaited")
     for node in status["nodes"]:
         rank = f"rank {node['rank']}" if node["rank"] is not None else ""
         doubt = f"suspected: {', '.join(node['suspected_for'])}" if node["suspected_for"] else ""

@@ -17,6 +17,8 @@ from gemini_hpc.core.messages import (
     Load,
     Parked,
     Pull,
+    RestartWorker,
+    Retire,
     Safe,
     Stepped,
     WorkerLost,
@@ -24,6 +26,9 @@ from gemini_hpc.core.messages import (
 )
 from gemini_hpc.core.state import term_of
 from gemini_hpc.core.types import FRESH
+
+_OF_A_TERM = (Join, Safe, Pull, Load, RestartWorker, Retire)
+"""The others name what they are about, and do no harm when it is no more."""
 
 
 class Account:
@@ -60,7 +65,7 @@ class Account:
 
     def is_stale(self, order: Command) -> bool:
         """Whether an order was given in an earlier term of the same coordinator, and was on its way for long."""
-        return isinstance(order, (Join, Safe, Pull, Load)) and term_of(order.generation) != self._informed[1]
+        return isinstance(order, _OF_A_TERM) and term_of(order.generation) != self._informed[1]
 
     def role_of(self, order: Command) -> str:
         """Take note of an order; return the process that carries it out: worker, host or archiver; "" = none."""
@@ -95,6 +100,7 @@ class Account:
         host = self.host
         return Inventory(
             node=self.node,
+            term=self._informed[1],
             worker=self.worker,
             reason=self.reason,
             generation=self.generation,

@@ -53,7 +53,7 @@ def learn(turn: Turn, event: Event) -> None:
         return  # a stranger
     if not member.alive:
         if isinstance(event, Heartbeat):  # an evicted node that does not know it yet
-            turn.order(Retire(event.node, turn.cluster.generation))
+            turn.order(Retire(event.node, turn.cluster.generation + 1))
         return
     if kind in _EVIDENCE:
         _EVIDENCE[kind](turn, event)
@@ -104,7 +104,7 @@ def _on_disconnected(turn: Turn, event: Disconnected) -> None:
 
 def _on_inventory(turn: Turn, event: Inventory) -> None:
     """What a node has, told to a new coordinator; put together once all have reported (`reconcile`)."""
-    if turn.cluster.members[event.node].held is not None:
+    if turn.cluster.members[event.node].held is not None or event.term != turn.cluster.term:
         return
     lost = event.worker == "lost"
     turn.set_worker(
@@ -214,6 +214,8 @@ def _on_stepped(turn: Turn, event: Stepped) -> None:
     if complete and event.rank not in cluster.stepped:
         turn.note("first_step", generation=event.generation, step=event.step)
     turn.set(stepped=stepped, progressed=turn.now)
+    if cluster.ahead_since < 0 and event.step > cluster.safe_step:
+        turn.set(ahead_since=turn.now)
     if complete and cluster.fruitless and min(stepped.values()) > cluster.furthest:
         turn.set(fruitless=0)  # further than ever: the next failure is a new one. A step done again proves nothing
         for node in cluster.ranks.values():
@@ -363,7 +365,7 @@ def _on_published(turn: Turn, event: Published) -> None:
         turn.set(publisher="")  # another will try
         return
     if event.ok:
-        turn.set(published=Checkpoint(event.step, turn.cluster.files))
+        turn.set(published=Checkpoint(event.step, turn.cluster.files), survey_below=None)
         total = sum(nbytes for _, nbytes, _ in turn.cluster.files.values())
         turn.note("persisted", step=event.step, path=event.path, bytes=total)
     else:

@@ -43,13 +43,14 @@ class Deposed(Event):
 
 @dataclass(frozen=True)
 class Inventory(Event):
-    """The first word to a new leader: all that this node has. A coordinator keeps nothing that is not asked for here.
+    """The first word to the leader of `term`: all that this node has. A coordinator keeps nothing that is not in here.
 
     `worker`: building, idle, busy or lost; it was last told to join `generation` as `rank` (0 and -1: never).
     `world`: the newest MPI world that it had a host in, of `members`; `host`: that one is ready.
     `held`: the sealed snapshots as (area, half, rank, step, generation, nbytes, checksum).
     """
 
+    term: int
     worker: str
     reason: str
     generation: int
@@ -304,7 +305,9 @@ class StartWorld(Command):
 
 @dataclass(frozen=True)
 class RestartWorker(Command):
-    """End the node's worker, if there is one, and start a new one."""
+    """End the node's worker, if there is one, and start a new one, for `generation` at the earliest."""
+
+    generation: int
 
 
 @dataclass(frozen=True)

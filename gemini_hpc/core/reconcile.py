@@ -3,14 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from gemini_hpc.core import recovery, replication
-from gemini_hpc.core.messages import Join, Load, Persist, Pull, Safe, StartWorld
+from gemini_hpc.core import checkpoints, recovery, replication
+from gemini_hpc.core.messages import Join, Load, Pull, Safe, StartWorld
 from gemini_hpc.core.state import Missing, Phase, Source, Worker, World
 from gemini_hpc.core.turn import Turn
 from gemini_hpc.core.types import FRESH, changed
-
-AGAIN_S = 2.0
-"""How long to wait before the last step is written again, or an order is repeated that saves a run."""
 
 WORLD_REST_S = 30.0
 """The longest pause between two attempts to start an MPI world that does not start."""
@@ -28,7 +25,7 @@ def reconcile(turn: Turn) -> None:
     if turn.cluster.phase is Phase.RUNNING:
         _run(turn)
     if turn.cluster.phase is Phase.SAVING:
-        _save(turn)
+        checkpoints.save(turn)
 
 
 def _keep_world(turn: Turn) -> None:
@@ -114,6 +111,7 @@ def _form(turn: Turn) -> None:
         resumed=frozenset(),
         stepped={},
         done_since=-1.0,
+        ahead_since=-1.0,
         loading=frozenset(),
         misses={},
         safe_step=FRESH,
@@ -122,49 +120,6 @@ def _form(turn: Turn) -> None:
         furthest=max(cluster.furthest, cluster.all_stepped()),
     )
     turn.enter(Phase.GATHERING)
-
-
-def _save(turn: Turn) -> None:
-    """Have every rank's snapshot written by some living node that holds it."""
-    cluster = turn.cluster
-    if cluster.persisting == FRESH:
-        newest = cluster.published
-        turn.finish("stopped", f"{cluster.stopping}; the newest checkpoint is {newest.step if newest else 'none'}")
-        return
-    if turn.in_phase_for() > cluster.rules.finish_s:
-        turn.finish("stopped", f"{cluster.stopping}; step {cluster.persisting} could not be saved in time")
-        return
-    again = turn.now - cluster.asked > AGAIN_S
-    if len(cluster.files) == cluster.rules.world_size:
-        _publish_again(turn)
-        return
-    if again:
-        turn.set(asked=turn.now)
-    for rank in range(cluster.rules.world_size):
-        asked = turn.cluster.savers.get(rank)
-        if rank in cluster.files or (asked is not None and cluster.members[asked].alive and not again):
-            continue
-        places = cluster.copies.get((rank, cluster.persisting), {})
-        if not places:
-            turn.finish("stopped", f"{cluster.stopping}; rank {rank} of step {cluster.persisting} could not be saved")
-            return
-        asked_so_far = list(turn.cluster.savers.values())
-        # so that many write at once; who was asked before is asked again
-        first = min(places, key=lambda place: (asked_so_far.count(place), place))
-        node = asked if asked is not None and asked in places else first
-        copy = places[node]
-        turn.order(Persist(node, rank, cluster.persisting, copy.area, copy.half, copy.nbytes, copy.checksum))
-        sums = {**turn.cluster.persist_sums, rank: copy.checksum}
-        turn.set(savers={**turn.cluster.savers, rank: node}, persist_sums=sums)
-
-
-def _publish_again(turn: Turn) -> None:
-    """All files are written: see that they are published, by another node where the first one is gone."""
-    publisher = turn.cluster.members.get(turn.cluster.publisher)
-    if publisher is None or not publisher.alive:
-        turn.publish(turn.alive[0].node)
-    elif turn.now - turn.cluster.asked > AGAIN_S:
-        turn.publish(publisher.node)
 
 
 def _gather(turn: Turn) -> None:
@@ -297,7 +252,8 @@ def _run(turn: Turn) -> None:
     if news:
         _advance_safe(turn)
         turn.set(examined=cluster.copies)
-    _start_persist(turn)
+    _watch_hosts(turn)
+    checkpoints.persist(turn)
     _end_run(turn)
     if turn.cluster.phase is Phase.RUNNING and 0 <= cluster.trouble_since < turn.now - cluster.rules.suspect_s:
         turn.open_generation("a collective failed, and nobody is dead")
@@ -306,57 +262,32 @@ def _run(turn: Turn) -> None:
         turn.open_generation(f"no rank has done a step for {cluster.rules.progress_s:.0f} s (recovery.progress_s)")
 
 
+def _watch_hosts(turn: Turn) -> None:
+    """A window host that does not seal what was written holds up all, and nobody may be there to read from it."""
+    cluster, rules = turn.cluster, turn.cluster.rules
+    if not 0 <= cluster.ahead_since < turn.now - rules.fetch_s - rules.suspect_s:
+        return
+    turn.set(ahead_since=turn.now)
+    newer = [(rank, places) for (rank, step), places in cluster.copies.items() if step > cluster.safe_step]
+    sealed = {rank for rank, places in newer if cluster.ranks[rank] in places}
+    for rank, node in cluster.ranks.items():
+        if rank not in sealed and cluster.world.number == cluster.members[node].host_world:
+            turn.note("host_lost", target=node, reason="it does not seal what its worker has written")
+            turn.shun_host(node)
+
+
 def _advance_safe(turn: Turn) -> None:
     newest = replication.newest_safe(turn.cluster)
     if newest <= turn.cluster.safe_step:
         return
     # older copies are not forgotten until others take their places: perhaps some owner has overwritten its newer one
-    turn.set(safe_step=newest, misses={})
+    turn.set(safe_step=newest, ahead_since=-1.0, misses={})
     for member in turn.alive:
         turn.order(Safe(member.node, turn.cluster.generation, newest))
     turn.note("safe", step=newest, generation=turn.cluster.generation)
     if turn.cluster.exposed:
         turn.set(exposed=False)
         turn.note("protected", step=newest, generation=turn.cluster.generation)
-
-
-def _start_persist(turn: Turn) -> None:
-    cluster = turn.cluster
-    if cluster.persisting != FRESH and turn.now - cluster.persist_since > cluster.rules.finish_s:
-        turn.note("persist_failed", step=cluster.persisting, reason="some node did not answer in time")
-        turn.end_persist(failed=True)
-        cluster = turn.cluster
-    if cluster.persisting != FRESH:
-        if len(cluster.files) == cluster.rules.world_size:
-            _publish_again(turn)
-        elif turn.now - cluster.asked > AGAIN_S:
-            _ask_to_persist(turn)
-        return
-    if not cluster.surveyed:
-        return
-    step = cluster.safe_step
-    if cluster.done_since >= 0:  # nothing newer will come, and a link may be down for as long as it likes
-        step = max(step, recovery.newest_complete(cluster.copies, cluster.rules.world_size)[0])
-    held = {rank: cluster.copies.get((rank, step), {}) for rank in cluster.ranks}
-    tried = cluster.persist_since >= 0 and turn.now - cluster.persist_since < AGAIN_S
-    if step < cluster.next_persist or not all(held.values()) or (tried and cluster.done_since >= 0):
-        return
-    sums = {rank: next(iter(places.values())).checksum for rank, places in held.items()}
-    turn.set(persisting=step, persist_since=turn.now, persist_sums=sums, files={})
-    _ask_to_persist(turn)
-
-
-def _ask_to_persist(turn: Turn) -> None:
-    """Have the ranks' snapshots written that are not yet, by their owners where these still hold them."""
-    cluster = turn.cluster
-    turn.set(asked=turn.now)
-    for rank, node in cluster.ranks.items():
-        places = cluster.copies.get((rank, cluster.persisting), {})
-        if places and rank not in cluster.files:
-            # an owner that did not hear in time that it was safe has perhaps overwritten its own
-            where = node if node in places else min(places)
-            copy = places[where]
-            turn.order(Persist(where, rank, cluster.persisting, copy.area, copy.half, copy.nbytes, copy.checksum))
 
 
 def _end_run(turn: Turn) -> None:

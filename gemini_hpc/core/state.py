@@ -140,9 +140,10 @@ class Cluster:
 
     rules: Rules
     members: Mapping[str, Member]
+    term: int = 1  # in which its coordinator leads
     begun: bool = False  # whether any worker was ever told to join
     surveyed: bool = False  # whether the persistent tier was looked at
-    survey_below: int | None = None  # checkpoints from this step on proved to be damaged
+    survey_below: int | None = None  # the checkpoint of this step proved to be damaged, and so did those after it
     counted: bool = False  # whether what the members reported has been put together
     phase: Phase = Phase.FORMING
     phase_since: float = 0.0
@@ -154,6 +155,7 @@ class Cluster:
     stepped: Mapping[int, int] = field(default_factory=dict)  # rank -> newest step done in this generation
     progressed: float = -1.0  # when a rank last did a step, or all had resumed
     done_since: float = -1.0  # all ranks have done the last step
+    ahead_since: float = -1.0  # some rank has been beyond the safe step
     trouble_since: float = -1.0  # a collective of this generation failed
     last_turn: float = -1.0  # when the last event was taken
     copies: Copies = field(default_factory=dict)
@@ -210,7 +212,7 @@ def new_cluster(
     due = due or dict.fromkeys(rules.nodes, now + rules.build_s)
     members = {node: Member(node, node not in absent, due[node], worker_since=now) for node in rules.nodes}
     before = (term - 1) * NUMBERS_OF_A_TERM
-    return Cluster(rules, members, phase_since=now, generation=before, worlds=before)
+    return Cluster(rules, members, term, phase_since=now, generation=before, worlds=before)
 
 
 def next_persist(rules: Rules, step: int) -> int:

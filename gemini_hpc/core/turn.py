@@ -60,6 +60,7 @@ class Turn:
             phase_since=later(cluster.phase_since),
             progressed=later(cluster.progressed),
             done_since=later(cluster.done_since),
+            ahead_since=later(cluster.ahead_since),
             trouble_since=later(cluster.trouble_since),
             persist_since=later(cluster.persist_since),
             pull_since={node: later(since) for node, since in cluster.pull_since.items()},
@@ -135,7 +136,7 @@ class Turn:
             self.evict(node, f"its worker failed {member.restarts + 1} times in a row: {reason}")
             return
         self.set_worker(node, Worker.BUILDING, restarts=member.restarts + 1)
-        self.order(RestartWorker(node))
+        self.order(RestartWorker(node, self.cluster.generation + 1))
         if node in self.cluster.ranks.values():
             rank = next(r for r, n in self.cluster.ranks.items() if n == node)
             self.note("evict", target=node, rank=rank, generation=self.cluster.generation + 1, reason=reason)

@@ -7,7 +7,7 @@ from gemini_hpc.core.state import Cluster, Member, Phase, Worker
 from gemini_hpc.core.types import FRESH
 
 LATE_S = 5.0
-"""A step that takes longer is named as something that is waited for."""
+"""What takes longer while it trains, a step or the answers of a majority, is named as something that is waited for."""
 
 
 def describe(cluster: Cluster, now: float) -> dict[str, Any]:

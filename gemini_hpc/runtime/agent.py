@@ -24,6 +24,7 @@ from gemini_hpc.core.messages import (
     Hello,
     HostLost,
     HostReady,
+    Join,
     Lead,
     NodeExited,
     NodeUp,
@@ -209,6 +210,8 @@ class Agent:
             role = self._account.role_of(order)
             if self._arena is not None:
                 self._arena.safe_step = self._account.safe_step
+            if isinstance(order, Join):
+                self._archiving.end_loads()
             if role == "archiver":
                 self._archiving.order(order)
             elif role:

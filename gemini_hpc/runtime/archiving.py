@@ -29,6 +29,11 @@ class Archiving:
         self._orders.append((time.monotonic(), order))
         self._household.send("archiver", order)
 
+    def end_loads(self) -> None:
+        """Make sure that nothing more is loaded into the arena: what was wanted is in it, or is not wanted any more."""
+        if any(isinstance(order, Load) for _, order in self._orders):
+            self._restart("a load was overtaken")
+
     def greet(self) -> None:
         """It has connected: give it what was ordered before it was up."""
         for _, order in self._orders:

@@ -17,8 +17,8 @@ ATTACHED = "GEMINI_ATTACHED"
 """The `submit` that waits for the run in the foreground; the run ends with it."""
 
 
-KILL_S = 1.0
-"""How long to wait for a killed process to be gone."""
+KILL_S = 0.4
+"""How long to wait for a killed process to be gone: an agent's loop must not stand still for as long as a heartbeat."""
 
 DYING_WITH_US = [
     *(sys.executable, "-I", "-S", "-c"),

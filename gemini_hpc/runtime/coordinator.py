@@ -27,7 +27,7 @@ from gemini_hpc.core.messages import (
 from gemini_hpc.core.seat import Seat
 from gemini_hpc.core.state import Rules
 from gemini_hpc.core.types import FRESH
-from gemini_hpc.core.view import describe
+from gemini_hpc.core.view import LATE_S, describe
 from gemini_hpc.errors import GeminiError
 from gemini_hpc.persist import manifest
 from gemini_hpc.runtime.paths import RunPaths
@@ -140,7 +140,10 @@ class Coordinator:
             return
         self._shown, self._last_status = shown, now
         led = {"run": self._run.name, "coordinator": self._seat.election.node}
-        self._status.show({**led, **describe(cluster, now), **self._progress})
+        status = {**led, **describe(cluster, now), **self._progress}
+        if (alone_s := self._seat.forsaken(now)) > LATE_S:
+            status |= {"waiting_for": ["a majority of the nodes to answer"], "waiting_s": round(alone_s, 1)}
+        self._status.show(status)
 
 
 def rules_of(run: RunConfig, nodes: tuple[str, ...]) -> Rules:

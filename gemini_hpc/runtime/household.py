@@ -84,18 +84,20 @@ class Household:
             line.send(message)
 
     def news(self) -> Iterator[tuple[str, News]]:
-        """Yield what was said and what ended since the last call, as (role, news)."""
+        """Yield what was said and what ended, as (role, news): a word of each role, its end after its last."""
         ready = dict(self._poller.poll(0))
-        speaking = [(role, line) for role, line in self._lines.items() if line.fileno() in ready]
-        for line in [line for line in self._strangers if line.fileno() in ready]:
+        speaking = {role: line for role, line in self._lines.items() if line.fileno() in ready}
+        strangers = [line for line in self._strangers if line.fileno() in ready]
+        comes = self._listener.fileno() in ready
+        for line in strangers:
             yield from self._introduce(line, line.receive())
-        if self._listener.fileno() in ready:
+        if comes:
             self._admit(self._listener.accept())
-        for role, line in speaking:
+        for role, line in speaking.items():
             if self._lines.get(role) is line:  # not replaced a moment ago
                 yield from self._read(role, line)
         for role, child in list(self._children.items()):
-            if wait_exit(child.pidfd, 0.0):
+            if not (strangers or comes or role in speaking) and wait_exit(child.pidfd, 0.0):
                 del self._children[role]
                 self._poller.unregister(child.pidfd)
                 self._hang_up(role)

@@ -69,7 +69,10 @@ def test_what_is_safe_is_of_this_generation_and_nothing_is_when_the_next_begins(
     assert account.safe_step == FRESH
 
 
-@pytest.mark.parametrize("order", [join(1), m.Safe("n0", 1, 9), m.Load("n0", 1, 0, 5, 0, 0, "x", 1)])
+@pytest.mark.parametrize(
+    "order",
+    [join(1), m.Safe("n0", 1, 9), m.Load("n0", 1, 0, 5, 0, 0, "x", 1), m.RestartWorker("n0", 1), m.Retire("n0", 1)],
+)
 def test_orders_of_an_earlier_term_are_stale(order: m.Command) -> None:
     assert not account_in_term(1).is_stale(order)
     assert account_in_term(2).is_stale(order)
@@ -77,6 +80,6 @@ def test_orders_of_an_earlier_term_are_stale(order: m.Command) -> None:
 
 def test_what_ends_an_old_generation_is_never_stale() -> None:
     account = account_in_term(3)
-    assert not account.is_stale(m.Abort("n0", 1)) and not account.is_stale(m.Retire("n0", SECOND))
+    assert not account.is_stale(m.Abort("n0", 1))
     assert not account.is_stale(join(2 * NUMBERS_OF_A_TERM + 1))
     assert account.role_of(m.Abort("n0", 1)) == "worker"

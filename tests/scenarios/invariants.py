@@ -2,8 +2,9 @@
 
 I1  All ranks of a group restore one step of one history: nothing torn, nothing mixed, nobody else's.
 I3  No plan goes behind a safe step while every rank's snapshot of it lies intact on some node that the coordinator
-    counts as living, and its bytes can be read. (So losses of fewer than m nodes of each group, once the coordinator
-    noted a step to be safe, never reach the persistent tier.)
+    counts as living, and its bytes can be read; and a step is called safe only when it lies with every holder. (So
+    losses of fewer than m nodes of each group, once the coordinator noted a step to be safe, never reach the
+    persistent tier.)
 I4  In a generation the orders of one coordinator in one term are obeyed, and at any time one node at most may act.
 I5  A run that stops has saved what was safe. What else I5 and I6 ask of a run's end is in `schedules`.
 """
@@ -11,6 +12,7 @@ I5  A run that stops has saved what was safe. What else I5 and I6 ask of a run's
 from typing import TYPE_CHECKING
 
 from gemini_hpc.core import messages as m
+from gemini_hpc.core.placement import holders
 from gemini_hpc.core.state import Cluster, Phase
 from gemini_hpc.core.types import FRESH
 
@@ -93,7 +95,13 @@ class Invariants:
             raise Broken(f"different joins: {joins}")
 
     def _note_safe(self, cluster: Cluster, at_step: int) -> None:
-        """It is verified on all holders, says the coordinator: remember what that step is."""
+        """I3: it is verified on all holders, says the coordinator. Hold it to that, and remember what that step is."""
+        for rank, keepers in enumerate(holders(cluster.rules.world_size, cluster.rules.replicas)):
+            for keeper in keepers:
+                node = self._sim.nodes[cluster.ranks[keeper]]
+                lost = not node.up or node.life > 0  # nobody need have noticed yet
+                if not lost and not any(c.rank == rank and c.step >= at_step for c in node.arena.values()):
+                    raise Broken(f"I3: step {at_step} is called safe, but {node.name} does not hold rank {rank} of it")
         if all(cluster.copies.get((rank, at_step)) for rank in cluster.ranks):  # not lost again in the same breath
             checksums = {r: next(iter(cluster.copies[r, at_step].values())).checksum for r in cluster.ranks}
             self._safe = {at_step: checksums}

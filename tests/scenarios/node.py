@@ -128,6 +128,8 @@ class Archiver:
             self.busy = True
             sim = self.node.sim
             order = self.node.archiving[0][1]
+            if isinstance(order, m.Load):
+                self.node.arena[order.area, order.half] = Content(order.rank, order.step, 0, 0, "writing")
             takes_s = 0.02 if isinstance(order, m.Publish) else sim.persist_s
             sim.after(sim.some(takes_s), self._do, order)
 
@@ -148,7 +150,6 @@ class Archiver:
             at = (order.rank, order.step, f"rank-{order.rank:04d}.h5", NBYTES, order.checksum)
             return m.Persisted(node.name, *at, ok, "" if ok else "the bytes could not be written", 0.1)
         if isinstance(order, m.Load):
-            node.arena[order.area, order.half] = Content(order.rank, order.step, 0, 0, "writing")
             file = sim.files.get((order.step, order.rank, order.checksum))
             ok = file is not None and file.intact
             if ok:
@@ -338,6 +339,8 @@ class Node:
             self._pass_on(self.account.role_of(order), order)
 
     def _pass_on(self, role: str, order: m.Command) -> None:
+        if isinstance(order, m.Join) and any(isinstance(waiting, m.Load) for _, waiting in self.archiving):
+            self._restart_archiver()
         if role == "worker" and self.worker is not None:
             assert isinstance(order, (m.Join, m.Abort))
             self.worker.take(order)

@@ -144,18 +144,36 @@ def test_back_behind_the_safe_step_nothing_is_overwritten_too_early(tmp_path: Pa
     """
     from gemini_hpc.core.account import Account
     from gemini_hpc.runtime.agent import Agent
+    from gemini_hpc.runtime.archiving import Archiving
 
     arena = Arena.create(tmp_path / "arena", Geometry(2, 4096), "test")
     agent = Agent.__new__(Agent)
     agent._arena, agent._account = arena, Account("n0")
     agent._account.generation = 1
     agent._account.informs(m.Lead("n0", "n1", 1, 0.0, True))
-    agent._household = SimpleNamespace(send=lambda *order: True)
+    agent._household = SimpleNamespace(send=lambda *order: True, start=lambda *order: None)
+    agent._archiving = Archiving(agent._household, 5.0, lambda event: None)
     agent._obey(m.Safe("n0", 1, 50))
     assert arena.safe_step == 50
     arena.write_record(OWN, 0, Record(State.SEALED, 0, 40, 2, 4096))
     agent._obey(m.Join("n0", 2, 0, 40, 0, "n1:1"))
     assert arena.safe_step <= 40
+
+
+def test_a_load_that_was_overtaken_does_not_touch_the_arena() -> None:
+    """It waits behind a file system that hangs, while its node joins with what lies in the arena by now."""
+    from gemini_hpc.runtime.archiving import Archiving
+
+    started, told = [], []
+    household = SimpleNamespace(send=lambda *order: True, start=lambda *order: started.append(order))
+    archiving = Archiving(household, 5.0, told.append)
+    archiving.end_loads()
+    assert len(started) == 1 and not told
+    archiving.order(m.Persist("n0", 0, 10, 0, 0, 100, 1))
+    archiving.order(m.Load("n0", 1, 0, 5, 0, 0, "file", 1))
+    archiving.end_loads()
+    assert len(started) == 2 and [type(event) for event in told] == [m.Persisted, m.Copied]
+    assert not any(event.ok for event in told)
 
 
 # --- out of nodes -----------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 import pytest
 
 from gemini_hpc.core import messages as m
-from gemini_hpc.core.state import Checkpoint, Phase
+from gemini_hpc.core.account import Account
+from gemini_hpc.core.coordinator import step
+from gemini_hpc.core.state import Checkpoint, Phase, new_cluster
 from tests.scenarios.node import CLUSTER
 from tests.scenarios.simulation import NBYTES, Content, Simulation, rules
 from tests.scenarios.test_recoveries import finish, started
@@ -23,30 +25,20 @@ def saving() -> Simulation:
     return cluster.run(lambda c: c.cluster.phase is Phase.SAVING)
 
 
-def lose_first(cluster: Simulation, kind: type[m.Command]) -> list[m.Command]:
-    """The first order of that kind is lost; return where it will be found."""
-    lost: list[m.Command] = []
+def lose_first(cluster: Simulation, kind: type[m.Message]) -> list[m.Message]:
+    """The first order or event of that kind is lost; return where it will be found."""
+    lost: list[m.Message] = []
 
-    def obeyed(order: m.Command) -> bool:
-        if isinstance(order, kind) and not lost:
-            lost.append(order)
-            return False
-        return True
-
-    cluster.obeyed = obeyed
-    return lost
-
-
-def lose_first_event(cluster: Simulation, kind: type[m.Event]) -> list[m.Event]:
-    lost: list[m.Event] = []
-
-    def taken(event: m.Event) -> bool:
-        if isinstance(event, kind) and not lost:
-            lost.append(event)
+    def loses(message: m.Message) -> bool:
+        if isinstance(message, kind) and not lost:
+            lost.append(message)
             return True
         return False
 
-    cluster.intercept = taken
+    if issubclass(kind, m.Command):
+        cluster.obeyed = lambda order: not loses(order)
+    else:
+        cluster.intercept = loses
     return lost
 
 
@@ -69,7 +61,7 @@ def test_an_order_is_lost_while_the_last_state_is_saved(kind: type[m.Command]) -
 @pytest.mark.parametrize("kind", [m.Persisted, m.Published])
 def test_an_answer_is_lost_while_the_last_state_is_saved(kind: type[m.Event]) -> None:
     cluster = saving()
-    lost = lose_first_event(cluster, kind)
+    lost = lose_first(cluster, kind)
     cluster.run(Simulation.over, 100)
     assert max(cluster.manifests) >= 100 and lost
 
@@ -202,3 +194,39 @@ def test_a_spare_that_cannot_start_does_not_keep_the_others_from_it() -> None:
         cluster.kill_worker("n4")
     finish(cluster)
     assert [said["target"] for said in cluster.said("evict")] == ["n4"]
+
+
+@pytest.mark.parametrize("term", [1, 6, 11])
+def test_a_report_counts_in_the_term_for_which_it_was_made(term: int) -> None:
+    """The same node leads again; what reaches it late may tell of snapshots that are long overwritten."""
+    account = Account("n1")
+    account.informs(m.Lead("n1", "n0", 6, 0.0, True))
+    cluster, _ = step(new_cluster(rules(), 0.0, term), 0.0, account.inventory([]))
+    assert (cluster.members["n1"].held is not None) == (term == 6)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_window_host_that_does_not_seal_is_found_out(replicas: int) -> None:
+    cluster = started(replicas=replicas, total_steps=1000)
+    cluster.hang_host("n1")
+    at_step = cluster.cluster.safe_step
+    cluster.run(lambda c: c.cluster.safe_step > at_step + 20, 60)
+    assert cluster.said("host_lost") and cluster.cluster.generation == 1
+
+
+def test_a_word_of_an_earlier_generation_does_not_pass_for_one_of_this() -> None:
+    cluster = started()
+    cluster.intercept = lambda event: isinstance(event, m.Resumed)
+    cluster.kill_node("n2")
+    cluster.run(lambda c: c.cluster.phase is Phase.JOINING)
+    state = cluster.cluster
+    for rank, node in state.ranks.items():
+        at = (node, state.generation - 1, rank, 5, 0.0, "hot_swap", 0.0, 0.0, 0.0)
+        state, _ = step(state, state.last_turn, m.Resumed(*at))
+    assert state.phase is Phase.JOINING and not state.resumed
+
+
+def test_a_coordinator_that_stood_still_takes_nobody_for_silent() -> None:
+    cluster = started()
+    state, orders = step(cluster.cluster, cluster.cluster.last_turn + 1.19, m.Tick(""))
+    assert not orders and not any(member.evidence for member in state.members.values())

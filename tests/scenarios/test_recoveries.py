@@ -123,7 +123,7 @@ def test_a_lost_worker_restarts_on_its_node_and_no_spare_is_used() -> None:
     cluster = started()
     cluster.kill_worker("n1")
     finish(cluster)
-    assert cluster.ordered(m.RestartWorker) == [m.RestartWorker("n1")]
+    assert cluster.ordered(m.RestartWorker) == [m.RestartWorker("n1", 2)]
     assert tiers(cluster, 2) == ["local"] * 4
     assert [move["node"] for move in plan_of(cluster, 2)["moves"]] == ["n0", "n1", "n2", "n3"]
     assert all(member.alive for member in cluster.cluster.members.values())
@@ -400,7 +400,7 @@ def test_a_worker_that_does_not_leave_is_restarted() -> None:
     cluster.nodes["n0"].worker.stuck = True
     cluster.kill_node("n2")
     finish(cluster)
-    assert cluster.ordered(m.RestartWorker) == [m.RestartWorker("n0")]
+    assert cluster.ordered(m.RestartWorker) == [m.RestartWorker("n0", 3)]
 
 
 def test_a_training_that_hangs_without_a_failed_collective_starts_again() -> None:

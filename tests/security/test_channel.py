@@ -13,8 +13,9 @@ import zmq
 
 from gemini_hpc.core.messages import Hello, Parked, WorkerLost
 from gemini_hpc.runtime.channel import MAX_PACKET_BYTES, Channel, Listener
-from gemini_hpc.runtime.household import Household, LineEnded
+from gemini_hpc.runtime.household import Household, LineEnded, ProcessEnded
 from gemini_hpc.runtime.paths import RunPaths
+from gemini_hpc.runtime.processes import wait_exit
 
 HELLO = Hello("node0", "worker", 4711, 0)
 
@@ -121,6 +122,33 @@ def test_lines_that_end_give_their_descriptors_back(household: Household, paths:
             said(household, 2)
     said(household)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_last_words_of_a_process_are_heard_though_it_is_gone(
+    household: Household, paths: RunPaths, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "talker.py").write_text(TALKER)
+    paths.logs.mkdir()
+    monkeypatch.setenv("PYTHONPATH", f"{place}:{os.environ.get('PYTHONPATH', '')}")
+    household.start("worker", "talker")
+    assert wait_exit(household._children["worker"].pidfd, 60.0)
+    news = said(household, 40)
+    assert [word.reason for _, word in news if isinstance(word, WorkerLost)] == [str(n) for n in range(20)]
+    assert news[-1] == ("worker", ProcessEnded("exit status 3"))
+
+
+TALKER = """
+import os, sys
+from gemini_hpc.core.messages import Hello, WorkerLost
+from gemini_hpc.runtime.channel import Channel
+from gemini_hpc.runtime.paths import RunPaths
+from pathlib import Path
+line = Channel.connect(RunPaths(Path(sys.argv[1]), Path(sys.argv[1])).socket("node0"))
+line.send(Hello("node0", "worker", os.getpid(), 0))
+for number in range(20):
+    line.send(WorkerLost("node0", str(number), False))
+os._exit(3)
+"""
 
 
 def pair() -> tuple[Channel, Channel]:

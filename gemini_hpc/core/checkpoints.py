@@ -1,0 +1,92 @@
+"""The writing of checkpoints to the persistent tier: while training goes on, and of the newest step before the end."""
+
+from gemini_hpc.core.messages import Persist
+from gemini_hpc.core.recovery import newest_complete
+from gemini_hpc.core.turn import Turn
+from gemini_hpc.core.types import FRESH
+
+AGAIN_S = 2.0
+"""How long to wait before the last step is written again, or an order is repeated that saves a run."""
+
+
+def persist(turn: Turn) -> None:
+    """Write a safe step every `persist_every` steps, and the last one."""
+    cluster = turn.cluster
+    if cluster.persisting != FRESH and turn.now - cluster.persist_since > cluster.rules.finish_s:
+        turn.note("persist_failed", step=cluster.persisting, reason="some node did not answer in time")
+        turn.end_persist(failed=True)
+        cluster = turn.cluster
+    if cluster.persisting != FRESH:
+        if len(cluster.files) == cluster.rules.world_size:
+            _publish_again(turn)
+        elif turn.now - cluster.asked > AGAIN_S:
+            _ask_to_persist(turn)
+        return
+    if not cluster.surveyed:
+        return
+    step = cluster.safe_step
+    if cluster.done_since >= 0:  # nothing newer will come, and a link may be down for as long as it likes
+        step = max(step, newest_complete(cluster.copies, cluster.rules.world_size)[0])
+    held = {rank: cluster.copies.get((rank, step), {}) for rank in cluster.ranks}
+    tried = cluster.persist_since >= 0 and turn.now - cluster.persist_since < AGAIN_S
+    if step < cluster.next_persist or not all(held.values()) or (tried and cluster.done_since >= 0):
+        return
+    sums = {rank: next(iter(places.values())).checksum for rank, places in held.items()}
+    turn.set(persisting=step, persist_since=turn.now, persist_sums=sums, files={})
+    _ask_to_persist(turn)
+
+
+def save(turn: Turn) -> None:
+    """Have every rank's snapshot written by some living node that holds it."""
+    cluster = turn.cluster
+    if cluster.persisting == FRESH:
+        newest = cluster.published
+        turn.finish("stopped", f"{cluster.stopping}; the newest checkpoint is {newest.step if newest else 'none'}")
+        return
+    if turn.in_phase_for() > cluster.rules.finish_s:
+        turn.finish("stopped", f"{cluster.stopping}; step {cluster.persisting} could not be saved in time")
+        return
+    again = turn.now - cluster.asked > AGAIN_S
+    if len(cluster.files) == cluster.rules.world_size:
+        _publish_again(turn)
+        return
+    if again:
+        turn.set(asked=turn.now)
+    for rank in range(cluster.rules.world_size):
+        asked = turn.cluster.savers.get(rank)
+        if rank in cluster.files or (asked is not None and cluster.members[asked].alive and not again):
+            continue
+        places = cluster.copies.get((rank, cluster.persisting), {})
+        if not places:
+            turn.finish("stopped", f"{cluster.stopping}; rank {rank} of step {cluster.persisting} could not be saved")
+            return
+        asked_so_far = list(turn.cluster.savers.values())
+        # so that many write at once; who was asked before is asked again
+        first = min(places, key=lambda place: (asked_so_far.count(place), place))
+        node = asked if asked is not None and asked in places else first
+        copy = places[node]
+        turn.order(Persist(node, rank, cluster.persisting, copy.area, copy.half, copy.nbytes, copy.checksum))
+        sums = {**turn.cluster.persist_sums, rank: copy.checksum}
+        turn.set(savers={**turn.cluster.savers, rank: node}, persist_sums=sums)
+
+
+def _ask_to_persist(turn: Turn) -> None:
+    """Have the ranks' snapshots written that are not yet, by their owners where these still hold them."""
+    cluster = turn.cluster
+    turn.set(asked=turn.now)
+    for rank, node in cluster.ranks.items():
+        places = cluster.copies.get((rank, cluster.persisting), {})
+        if places and rank not in cluster.files:
+            # an owner that did not hear in time that it was safe has perhaps overwritten its own
+            where = node if node in places else min(places)
+            copy = places[where]
+            turn.order(Persist(where, rank, cluster.persisting, copy.area, copy.half, copy.nbytes, copy.checksum))
+
+
+def _publish_again(turn: Turn) -> None:
+    """All files are written: see that they are published, by another node where the first one is gone."""
+    publisher = turn.cluster.members.get(turn.cluster.publisher)
+    if publisher is None or not publisher.alive:
+        turn.publish(turn.alive[0].node)
+    elif turn.now - turn.cluster.asked > AGAIN_S:
+        turn.publish(publisher.node)
