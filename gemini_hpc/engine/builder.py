@@ -13,16 +13,19 @@ from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import deepspeed
 import torch
-from deepspeed.runtime.zero import parameter_offload, partition_parameters
-from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401  imported late otherwise: 1.2 s
-from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
+from gemini_hpc.engine import compiler
 from gemini_hpc.engine.capture import Shard
 from gemini_hpc.engine.generators import seed_model
 from gemini_hpc.engine.training import Training
 from gemini_hpc.errors import UserError
+
+with compiler.deferred():
+    import deepspeed
+    from deepspeed.runtime.zero import parameter_offload, partition_parameters
+    from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401  initialize() would import it
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 Entry = Callable[[Any], Training]
 
