@@ -22,6 +22,9 @@ from typing import Any
 from gemini_hpc.core.messages import Command, Deposed, Event, Heartbeat, Lead, NodeExited, RequestVote, Tick, Vote
 from gemini_hpc.core.types import changed
 
+STAGGER = 0.5
+"""Of a beat: by so much one node stands later than the one before it, which is time enough to win."""
+
 CLUSTER = ""
 """What orders to the cluster have for their node."""
 
@@ -105,7 +108,7 @@ def _on_tick(election: Election, now: float, _: Tick) -> Step:
     present = election.present()
     if election.node not in present:
         return election, []
-    if now >= election.free_since + present.index(election.node) * election.beat_s:
+    if now >= election.free_since + present.index(election.node) * election.beat_s * STAGGER:
         return _stand(election, now)
     return _count(election, now) if election.ballot and now - election.asked >= election.beat_s else (election, [])
 

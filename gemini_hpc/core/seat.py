@@ -39,9 +39,9 @@ class Seat:
 
     def obey(self, now: float, order: RequestVote | Lead) -> list[Event]:
         """Take what a candidate or a leader says; return what to answer to it."""
-        heard = self.election.heard
-        self.election, answers = election.step(self.election, now, order)
-        self._change_role(now, heard)
+        before = self.election
+        self.election, answers = election.step(before, now, order)
+        self._change_role(now, before)
         return [answer for answer in answers if isinstance(answer, Event)]
 
     def hear(self, now: float, event: Event) -> list[Command]:
@@ -70,9 +70,12 @@ class Seat:
         if self.election is before:
             return []  # most of what is heard says nothing of who leads
         orders = [order for order in said if isinstance(order, Command)]
-        if self._change_role(now, before.heard):
+        if self._change_role(now, before):
             reason = f"elected in term {self.election.term}" + (f" after {before.leader}" if before.leader else "")
             orders.append(Note("", "coordinator", {"target": self.election.node, "reason": reason}))
+            if silent := self._silent(before):
+                reason = f"it led, and was silent for {now - before.heard:.1f} s"
+                orders.append(Note("", "suspect", {"target": silent, "evidence": "heartbeat", "reason": reason}))
         return [self._asking(order) if isinstance(order, Lead) else order for order in orders]
 
     def _asking(self, lead: Lead) -> Lead:
@@ -80,19 +83,25 @@ class Seat:
         member = self.cluster.members.get(lead.node) if self.cluster is not None else None
         return lead if member is None or member.held is not None else changed(lead, reported=False)
 
-    def _change_role(self, now: float, heard: float) -> bool:
+    def _change_role(self, now: float, before: election.Election) -> bool:
         """Begin to lead, or stop it, as the election says; whether this is the beginning."""
+        heard = before.heard
         if self.election.leads and self.election.term != self._term:
             self._forget()
             self._term = self.election.term
             # who died after the last word of the leader before is this one's to deal with
             gone = [node for node, (since, _) in self._absent.items() if since < heard]
             self._unheard.extend(event for node, (_, event) in self._absent.items() if node not in gone)
-            self.cluster = new_cluster(self._rules, now, self._term, self._due(now, first=heard < 0), gone)
+            due = self._due(now, first=heard < 0)
+            self.cluster = new_cluster(self._rules, now, self._term, due, gone, self._silent(before))
             return True
         if not self.election.leads and self.cluster is not None:
             self._forget()
         return False
+
+    def _silent(self, before: election.Election) -> str:
+        """Return the leader before this one, if it is not known to be gone; "" = there was none."""
+        return before.leader if before.leader != before.node and before.leader not in self._absent else ""
 
     def _due(self, now: float, first: bool) -> dict[str, float]:
         """Return by when each node is to report: soon, where it is at work; at the start it may still be coming up."""

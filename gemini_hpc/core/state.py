@@ -6,7 +6,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from gemini_hpc.core.messages import Pull
-from gemini_hpc.core.types import FRESH
+from gemini_hpc.core.types import FRESH, changed
 
 
 @dataclass(frozen=True)
@@ -203,14 +203,21 @@ def term_of(generation: int) -> int:
 
 
 def new_cluster(
-    rules: Rules, now: float, term: int = 1, due: Mapping[str, float] | None = None, absent: Iterable[str] = ()
+    rules: Rules,
+    now: float,
+    term: int = 1,
+    due: Mapping[str, float] | None = None,
+    absent: Iterable[str] = (),
+    silent: str = "",
 ) -> Cluster:
     """Return the state of a new coordinator, to which nobody has reported yet.
 
-    `due`: by when each node has to; `absent`: nodes known to be gone.
+    `due`: by when each node has to; `absent`: nodes known to be gone; `silent`: one that is suspected from the start.
     """
     due = due or dict.fromkeys(rules.nodes, now + rules.build_s)
     members = {node: Member(node, node not in absent, due[node], worker_since=now) for node in rules.nodes}
+    if silent:
+        members[silent] = changed(members[silent], evidence={"heartbeat": now})
     before = (term - 1) * NUMBERS_OF_A_TERM
     return Cluster(rules, members, term, phase_since=now, generation=before, worlds=before)
 

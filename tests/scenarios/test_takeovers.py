@@ -368,3 +368,22 @@ def test_a_file_system_that_hangs_does_not_hold_up_a_takeover() -> None:
     cluster.run(lambda c: c.cluster.generation > NUMBERS_OF_A_TERM and c.running(), 5.0)
     assert cluster.said("plan")[-1]["step"] >= safe
     assert not cluster.cluster.surveyed
+
+
+def test_a_leader_that_falls_silent_is_found_out_as_quickly_as_any_node() -> None:
+    cluster = started(total_steps=400)
+    since = cluster.now
+    cluster.pause("n0", 100.0)
+    cluster.run(lambda c: any(said["target"] == "n0" for said in c.said("suspect")))
+    assert cluster.now - since < 1.5
+    cluster.run(lambda c: any(said["target"] == "n0" for said in c.said("evict")))
+    assert cluster.now - since < 2.2
+    assert cluster.run(Simulation.over).outcome == "finished"
+
+
+def test_a_leader_that_was_only_slow_keeps_its_rank() -> None:
+    cluster = started(total_steps=400)
+    cluster.pause("n0", 1.4)
+    cluster.run(lambda c: any(said["target"] == "n0" for said in c.said("cleared")))
+    finish(cluster, published=400)
+    assert not cluster.said("evict") and "n0" in cluster.cluster.ranks.values()
