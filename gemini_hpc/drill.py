@@ -17,6 +17,7 @@ ACTIONS: dict[str, tuple[str, Callable[[RunPaths, str], None]]] = {
     "stop": ("all processes of the node by SIGSTOP: it falls silent, and nobody's connection breaks", faults.stop),
     "stop-worker": ("the training process by SIGSTOP: it hangs", faults.stop_worker),
     "cut": ("its control connection goes silent, its worker trains on", faults.cut),
+    "break": ("the connections of its agent, all at once; they are made anew", faults.break_lines),
     "go-on": ("end of stop, stop-worker and cut", faults.go_on),
     "slow": (f"a tenth of its time for {faults.SLOW_S:.0f} s", faults.slow),
     "corrupt": ("one bit of its own snapshots in memory", faults.corrupt),

@@ -72,6 +72,7 @@ def _form(turn: Turn) -> None:
         return  # a new coordinator first hears from all who live what they have
     if not turn.cluster.counted:
         turn.set(counted=True, ranks=recovery.last_ranks(turn.alive), copies=recovery.all_copies(turn.alive))
+        turn.tell_hosts(node for node in turn.cluster.world.members if not turn.cluster.members[node].alive)
     cluster = turn.cluster
     if not cluster.surveyed:  # nobody waits for a file system that is not needed
         step, _ = recovery.newest_complete(cluster.copies, cluster.rules.world_size)

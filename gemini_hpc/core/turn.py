@@ -1,5 +1,6 @@
 """The moves that the coordinator can make: each changes what is known and says what is to be done."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from gemini_hpc.core.messages import Abort, Command, Finish, Gone, Note, Publish, RestartWorker, Retire
@@ -153,10 +154,15 @@ class Turn:
         self.set_member(node, host_world=0)
         pulls = {holder: pull for holder, pull in self.cluster.pulls.items() if node not in (holder, pull.source)}
         self.set(pulls=pulls)
-        gone = (world.members.index(node),)
-        for other in self.alive:
-            if other.host_world == world.number:
-                self.order(Gone(other.node, world.number, gone))
+        self.tell_hosts([node])
+
+    def tell_hosts(self, gone: Iterable[str]) -> None:
+        """Have the window hosts give up what they read from those of the nodes `gone`: MPI may never say so."""
+        world = self.cluster.world
+        targets = tuple(world.members.index(node) for node in gone)
+        for member in self.alive:
+            if targets and member.host_world == world.number:
+                self.order(Gone(member.node, world.number, targets))
 
     def world_lost(self, number: int, reason: str) -> None:
         world = self.cluster.world
@@ -173,7 +179,7 @@ class Turn:
             return  # said again
         for other, places in self.cluster.copies.items():
             here = places.get(node)
-            if here and other[1] != at_step and here.half == copy.half and here.area == copy.area:
+            if here and other != (rank, at_step) and (here.area, here.half) == (copy.area, copy.half):
                 self.drop_copy(*other, node)
         self.set(copies={**self.cluster.copies, (rank, at_step): {**held, node: copy}})
 

@@ -4,9 +4,13 @@ Each is recorded before it happens, so that the time to its detection can be tol
 something away, and as a "drill" where nothing may be lost by it alone.
 """
 
+import ctypes
+import errno
 import os
 import random
 import signal
+import socket
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +30,9 @@ AGENT = "gemini_hpc.runtime.agent"
 SLOW_S = 5.0
 SLOW_STOP_S, SLOW_GO_S = 0.09, 0.01
 """A slow node gets a tenth of the time, in pieces too short to be taken for a hang."""
+
+_PIDFD_GETFD = 438
+"""The system call, since Linux 5.6, on every architecture."""
 
 LOOK_S = 0.5
 """How often the loop looks whether the run still lives."""
@@ -70,6 +77,40 @@ def cut(paths: RunPaths, node: str) -> None:
     _record(paths, node, "cut")
     for pid in pids:
         kill(pid, signal.SIGSTOP)
+
+
+def break_lines(paths: RunPaths, node: str) -> None:
+    """Shut every TCP connection of the agent of `node`, as a network that resets them does. All its processes live."""
+    (pid,) = _processes(paths, node, AGENT)
+    pidfd = os.pidfd_open(pid)
+    try:
+        shut = [_shut(pidfd, int(name)) for name in os.listdir(f"/proc/{pid}/fd")]
+    finally:
+        os.close(pidfd)
+    _record(paths, node, "break", kind="drill", connections=sum(shut))
+
+
+def _shut(pidfd: int, descriptor: int) -> bool:
+    """Shut another process's connection; whether it was one."""
+    taken = ctypes.CDLL(None, use_errno=True).syscall(_PIDFD_GETFD, pidfd, descriptor, 0)
+    if taken < 0 and ctypes.get_errno() == errno.EPERM:
+        raise UserError("the kernel lets this user reach into no other process (ptrace); break connections as root")
+    if taken < 0:
+        return False  # closed meanwhile
+    try:
+        if not stat.S_ISSOCK(os.fstat(taken).st_mode):
+            return False
+        with socket.socket(fileno=os.dup(taken)) as line:
+            if line.family not in (socket.AF_INET, socket.AF_INET6):
+                return False
+            if line.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                return False  # it listens: shut, it would not do so again
+            line.shutdown(socket.SHUT_RDWR)
+        return True
+    except OSError:
+        return False  # not connected yet, or not any more
+    finally:
+        os.close(taken)
 
 
 def go_on(paths: RunPaths, node: str) -> None:

@@ -9,13 +9,16 @@ from gemini_hpc.config import dump, load_run
 from gemini_hpc.runtime import reference
 from gemini_hpc.runtime.paths import RunPaths
 from gemini_hpc.runtime.processes import RunLock, wait_exit
-from tests.cluster.runs import SHM, reference_losses
+from tests.cluster.runs import SHM, Run, drills, reference_losses
 
 Losses = Mapping[tuple[int, int], bytes]
 References = Callable[[int, int], Losses]
 
 IDENTICAL = "yes"
 STOPPED = "clean stop"
+
+STEPS = 80
+"""Of most rows: enough to strike, to recover, and to see that it goes on."""
 
 REFERENCE_S = 300.0
 
@@ -84,6 +87,25 @@ class Matrix:
 
 def _whole(ms: float | None) -> str:
     return "-" if ms is None else f"{ms:.0f}"
+
+
+def start(
+    place: Path, *settings: str, nodes: int = 3, spares: int = 1, steps: int = STEPS, trouble: str = "", **more: Path
+) -> Run:
+    """Start a run of the matrix: without drills of its own, its losses comparable to `references(nodes, steps)`."""
+    place.mkdir(exist_ok=True)
+    (place / "fault_job.py").write_text(JOB)
+    if trouble:
+        (place / "trouble.py").write_text(trouble)
+    shape = (f"cluster.nodes={nodes}", f"cluster.spares={spares}", f"train.steps={steps}")
+    return Run(place, JOB_ENTRY, *shape, "verify=false", drills(), *settings, **more)
+
+
+def assert_identical(run: Run, reference: Losses) -> None:
+    """The run is finished, and every loss that it logged has the bits of the undisturbed training."""
+    assert run.status["state"] == "finished", run.status
+    total = run.status["total_steps"]
+    run.assert_identical_to({key: bits for key, bits in reference.items() if key[1] <= total})
 
 
 def train_reference(place: Path, nodes: int, steps: int) -> Losses:

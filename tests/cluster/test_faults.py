@@ -19,8 +19,8 @@ from gemini_hpc.analysis.timeline import Recovery, recoveries
 from gemini_hpc.arena import OWN, Arena, State
 from gemini_hpc.persist import manifest
 from gemini_hpc.runtime import faults
-from tests.cluster.matrix import JOB, JOB_ENTRY, STOPPED, Losses, Matrix, References
-from tests.cluster.runs import EVENT_S, GONE_S, START_S, Run, call, drills, until
+from tests.cluster.matrix import STEPS, STOPPED, Matrix, References, assert_identical, start
+from tests.cluster.runs import EVENT_S, GONE_S, START_S, Run, call, until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.faults, pytest.mark.timeout(600)]
 
@@ -29,31 +29,11 @@ HOST = "gemini_hpc.windows.host"
 ARCHIVER = "gemini_hpc.runtime.archiver"
 AGENT = "gemini_hpc.runtime.agent"
 
-STEPS = 80
 FAIR_STEPS = 200
 LONG_STEPS = 400
 
 STEADY_S = 0.1
 """A pull that has not ended after this time, at these sizes, is stuck: its source is stopped."""
-
-
-def start(
-    place: Path, *settings: str, nodes: int = 3, spares: int = 1, steps: int = STEPS, trouble: str = "", **more: Path
-) -> Run:
-    """Start a run of the matrix: without drills of its own, its losses comparable to `references(nodes, steps)`."""
-    place.mkdir(exist_ok=True)
-    (place / "fault_job.py").write_text(JOB)
-    if trouble:
-        (place / "trouble.py").write_text(trouble)
-    shape = (f"cluster.nodes={nodes}", f"cluster.spares={spares}", f"train.steps={steps}")
-    return Run(place, JOB_ENTRY, *shape, "verify=false", drills(), *settings, **more)
-
-
-def assert_identical(run: Run, reference: Losses) -> None:
-    """The run is finished, and every loss that it logged has the bits of the undisturbed training."""
-    assert run.status["state"] == "finished", run.status
-    total = run.status["total_steps"]
-    run.assert_identical_to({key: bits for key, bits in reference.items() if key[1] <= total})
 
 
 def recovered(run: Run) -> list[Recovery]:
@@ -353,6 +333,24 @@ def test_a_node_falls_silent(what: str, tmp_path: Path, matrix: Matrix, referenc
         detected = item.ms("detected")
         assert detected is not None and detected < 1500
         matrix.enter_recovery(fault, item)
+
+
+def test_connections_break_and_are_made_anew(tmp_path: Path, matrix: Matrix, references: References) -> None:
+    """Those of a node, and those of the coordinator, which takes all the others for suspects at once."""
+    with start(tmp_path) as run:
+        run.wait_for_training(step=4)
+        leader = run.events("coordinator")[-1]["target"]
+        for node in ("node1", leader, "node3"):
+            done = call("drill", str(run.run_dir), "break", node)
+            assert done.returncode == 0, done.stderr
+            broken = run.events("drill", action="break", target=node)[-1]
+            assert broken["connections"] > 0
+            suspect = run.wait_for("suspect", evidence="connection", since=broken["t"] - 1.0)
+            run.wait_for("cleared", target=suspect["target"], since=suspect["t"])
+        run.wait_for_end()
+        assert_identical(run, references(3, STEPS))
+        assert not run.events("evict") and len(run.events("plan")) == 1
+        matrix.enter("connections of agents broken, three times", "none", None, None)
 
 
 @pytest.mark.long

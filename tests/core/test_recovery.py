@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from gemini_hpc.core.recovery import of_one_history, plan
 from gemini_hpc.core.state import Checkpoint, Cluster, Copies, Copy, new_cluster
+from gemini_hpc.core.turn import Turn
 from tests.scenarios.simulation import rules
 
 NODES = {rank: f"n{rank}" for rank in range(4)}
@@ -43,3 +44,10 @@ def test_the_newer_of_memory_and_checkpoint_is_taken() -> None:
         made = plan(cluster(memory, published))
         assert made is not None
         assert (made.step, made.sources[0].tier) == (step, tier), published
+
+
+def test_a_place_holds_one_snapshot() -> None:
+    """A spare fetched rank 2 for a coordinator that is lost; for the next it takes rank 0, into the same place."""
+    turn = Turn(cluster({(2, 7): {"n4": copy(1), "n2": copy(1)}}), 0.0)
+    turn.add_copy(0, 7, "n4", copy(1))
+    assert {key: set(places) for key, places in turn.cluster.copies.items()} == {(2, 7): {"n2"}, (0, 7): {"n4"}}

@@ -58,6 +58,7 @@ class Host:
         self.node, self.world, self.members = node, world, members
         self.alive, self.ready, self.hung = True, False, False
         self.queue: list[m.Pull] = []
+        self.reads = 0  # begun so far
         self.gone: set[int] = set()
 
     def end(self) -> None:
@@ -77,6 +78,8 @@ class Host:
     def obey(self, order: m.Command) -> None:
         if isinstance(order, m.Gone):
             self.gone |= set(order.targets)
+            if self.queue and self.queue[0].target in self.gone:
+                self._end(self.reads, self.queue[0], self.node.sim.nodes[self.members[self.queue[0].target]], None)
         elif isinstance(order, m.Pull):
             self.queue.append(order)
             if len(self.queue) == 1:
@@ -87,12 +90,14 @@ class Host:
         source = sim.nodes[self.members[order.target]]
         self.node.arena[order.area, order.half] = Content(order.rank, order.step, 0, order.origin, "writing")
         stalled = source.host is None or source.host.hung or (source.name, self.node.name) in sim.network.cuts
+        stalled |= not source.up and order.target not in self.gone and sim.chance(0.5)  # MPI may say so, or hang
         seen = source.arena.get((order.source_area, order.source_half))
-        sim.after(order.deadline_s if stalled else sim.some(sim.pull_s), self._end, order, source, seen)
+        self.reads += 1
+        sim.after(order.deadline_s if stalled else sim.some(sim.pull_s), self._end, self.reads, order, source, seen)
 
-    def _end(self, order: m.Pull, source: "Node", seen: Content | None) -> None:
+    def _end(self, read: int, order: m.Pull, source: "Node", seen: Content | None) -> None:
         """The bytes are verified against the order; MPI's word counts for nothing."""
-        if not self.alive or self.hung:
+        if not self.alive or self.hung or read != self.reads or not self.queue:
             return
         sim, there = self.node.sim, source.host
         if order.target in self.gone:

@@ -100,6 +100,22 @@ FOUND = {
         step_s=0.1,
         persist_s=0.02,
     ),
+    "what a spare had fetched for one rank passed for held when it was overwritten by its fetch for another": Schedule(
+        "returns",
+        (3, 2, 3),
+        (
+            Fault(1.0489, "kill_node", "n2", 1.1448),
+            Fault(1.0819, "pause", COORDINATOR, 18.599),
+            Fault(2.113, "link", COORDINATOR, 0.6107, "n0"),
+        ),
+        seed=7002014,
+        steps=5,
+        persist_every=4,
+        step_s=0.2,
+        persist_s=0.2,
+        pull_s=0.02,
+        return_s=2.0,
+    ),
 }
 """What seeds have found, by what went wrong; most have a test of their own as well, for delays change with the code."""
 

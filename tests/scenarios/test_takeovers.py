@@ -387,3 +387,13 @@ def test_a_leader_that_was_only_slow_keeps_its_rank() -> None:
     cluster.run(lambda c: any(said["target"] == "n0" for said in c.said("cleared")))
     finish(cluster, published=400)
     assert not cluster.said("evict") and "n0" in cluster.cluster.ranks.values()
+
+
+def test_hosts_hear_from_a_new_leader_who_is_gone() -> None:
+    """Else a read from a dead node, begun before, would hold up its reader until its deadline."""
+    cluster = started(nodes=6, total_steps=400)
+    cluster.kill_node("n2")
+    cluster.kill_node("n0")
+    cluster.run(lambda c: c.running() and c.leader is not None and c.leader.name != "n0")
+    told = {order.node: order.targets for order in cluster.ordered(m.Gone) if order.node not in ("n0", "n2")}
+    assert set(told) == {"n1", "n3", "n4", "n5"} and all(set(targets) >= {0, 2} for targets in told.values())
