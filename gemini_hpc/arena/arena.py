@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
+from typing import NamedTuple
 
 from gemini_hpc.errors import GeminiError
 
@@ -47,8 +48,7 @@ class State(IntEnum):
     SEALED = 3  # complete, checksum computed (own) or verified (replica)
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """What a half holds. `checksum` (xxh3-64 of `nbytes` payload bytes) counts only when SEALED."""
 
     state: State = State.FREE
@@ -166,11 +166,10 @@ class Arena:
 
     def write_record(self, area: int, half: int, record: Record) -> None:
         """Write a half's record. Raises ArenaError for one that does not fit: orders may name any numbers."""
-        fields = (record.state, record.rank, record.step, record.generation, record.nbytes, record.checksum)
         try:
-            raw = _RECORD.pack(*fields)
+            raw = _RECORD.pack(*record)
         except struct.error as error:
-            raise ArenaError(f"no such record: {fields}") from error
+            raise ArenaError(f"no such record: {tuple(record)}") from error
         start = self.geometry.record_offset(area, half)
         self.buffer[start : start + len(raw) + _CRC.size] = raw + _CRC.pack(zlib.crc32(raw))
 

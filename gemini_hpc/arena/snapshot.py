@@ -8,12 +8,11 @@ snapshot of a run has the same size, and the bytes between tensors are determini
 import json
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
 import xxhash
+from pydantic_core import to_json
 
 from gemini_hpc.errors import GeminiError
 
@@ -26,7 +25,6 @@ so only from three quarters of the last-level cache on, and is 1.6 times slower 
 
 _LENGTH = struct.Struct("<Q")
 _SPACES = memoryview(b" " * (INDEX_BYTES - _LENGTH.size))
-_ENCODER = json.JSONEncoder(separators=(",", ":"))  # json.dumps would make a new one for every call
 _ALIGN = 64
 _ITEM_BYTES = {"float32": 4, "float64": 8, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1}
 
@@ -41,8 +39,7 @@ class TensorSpec(NamedTuple):
     nbytes: int
 
 
-@dataclass(frozen=True)
-class SnapshotIndex:
+class SnapshotIndex(NamedTuple):
     """The index of one snapshot. `state` is the small state (JSON types only)."""
 
     rank: int
@@ -54,10 +51,13 @@ class SnapshotIndex:
 
     def encode(self) -> bytes:
         """Return the head of a payload, for `write_index`. Raises GeminiError when it is larger than INDEX_BYTES."""
-        # in every step: no deep copies by dataclasses.asdict, and the table, always the same, only once
-        fields = {name: value for name, value in vars(self).items() if name != "tensors"}
-        head = _ENCODER.encode({"format": 1, **fields})
-        text = f'{head[:-1]},"tensors":{_table(self.tensors)}}}'.encode()
+        # in every step, so the table, always the same, only once
+        rank, step, world_size, nbytes, tensors, state = self
+        text = b'{"format":1,"rank":%d,"step":%d,"world_size":%d,"nbytes":%d,"state":%b,"tensors":%b}' % (
+            *(rank, step, world_size, nbytes),
+            to_json(state, inf_nan_mode="constants"),  # a third of the time of json's, when all caches are cold
+            _table(tensors),
+        )
         if len(text) > len(_SPACES):
             raise GeminiError(f"the snapshot index needs {len(text)} bytes, {len(_SPACES)} are reserved")
         return _LENGTH.pack(len(text)) + text
@@ -116,9 +116,14 @@ def _check(index: SnapshotIndex, room: int) -> None:
         end = tensor.offset + tensor.nbytes
 
 
-@lru_cache(maxsize=8)
-def _table(tensors: tuple[TensorSpec, ...]) -> str:
-    return _ENCODER.encode([tensor._asdict() for tensor in tensors])
+def _table(tensors: tuple[TensorSpec, ...]) -> bytes:
+    global _last_table
+    if tensors is not _last_table[0]:
+        _last_table = tensors, to_json([tensor._asdict() for tensor in tensors])
+    return _last_table[1]
+
+
+_last_table: tuple[tuple[TensorSpec, ...], bytes] = (), b"[]"
 
 
 def layout(shapes: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[tuple[TensorSpec, ...], int]:

@@ -36,6 +36,10 @@ _ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_st
 _PLAIN = (bool, int, float, str, type(None))
 
 
+Adam = list[tuple[torch.Tensor, dict[str, torch.Tensor]]]
+"""Of every group of parameters: the flat master copy, and its state in the optimizer."""
+
+
 @dataclass(frozen=True)
 class Moment:
     """What a snapshot will consist of: the index, complete, and the tensors to copy, as they lie in the engine."""
@@ -68,8 +72,11 @@ class Shard:
         # constant, but partitioned: a spare that was built as another rank has another piece of them
         self._frozen = {n: p for n, p in engine.module.named_parameters() if id(p) not in trained}
         self._buffers = {name for name, _ in engine.module.named_buffers() if name in persistent}
-        tensors = self._tensors()
-        self.specs, self.nbytes = layout([(name, _DTYPES[t.dtype], tuple(t.shape)) for name, t in tensors.items()])
+        named = zip(self._names(), map(_storable, self._tensors(self._adam())), strict=True)
+        self.specs, self.nbytes = layout([(name, _DTYPES[t.dtype], tuple(t.shape)) for name, t in named])
+        self._addresses: list[int] = []  # of the tensors when the arrays were made
+        self._arrays: list[np.ndarray[Any, Any]] = []
+        self._steps: list[np.ndarray[Any, Any]] = []
         self._refuse_too_much()
 
     def clear_padding(self) -> None:
@@ -91,11 +98,17 @@ class Shard:
 
         Small things, whatever the size of the model: done while the ranks vote, when nobody can train.
         """
-        tensors = [tensor.numpy() for tensor in self._tensors().values()]
+        adam = self._adam()
+        tensors, steps = self._tensors(adam), [moments["step"] for _, moments in adam]
+        addresses = [tensor.data_ptr() for tensor in (*tensors, *steps)]
+        if addresses != self._addresses:  # what numpy sees stays the same: to ask torch costs much when caches are cold
+            self._addresses = addresses
+            self._arrays = [_storable(tensor).numpy() for tensor in tensors]
+            self._steps = [step.numpy() for step in steps]
         state = self._small_state() | {"loss": loss}
         rank, world_size = self._engine.global_rank, self._zero.partition_count
         index = SnapshotIndex(rank, step, world_size, self.nbytes, self.specs, state)
-        return Moment(index.encode(), tensors)
+        return Moment(index.encode(), self._arrays)
 
     def _refuse_too_much(self) -> None:
         """What no snapshot can carry is refused before anything is trained. Raises UserError."""
@@ -135,9 +148,8 @@ class Shard:
             raise UserError("the snapshot is of another model or another number of ranks; check the configuration")
         zero = self._zero
         zero.checkpoint_event_prologue()
-        tensors = self._tensors()
-        for spec in self.specs:
-            tensors[spec.name].copy_(_view(payload, spec))
+        for spec, tensor in zip(self.specs, self._tensors(self._adam()), strict=True):
+            _storable(tensor).copy_(_view(payload, spec))
         for i, flat in enumerate(zero.fp32_partitioned_groups_flat):
             low = zero.fp16_partitioned_groups_flat[i]
             if low.data_ptr() != flat.data_ptr():
@@ -148,29 +160,34 @@ class Shard:
         self._put_small_state(index.state)
         return index
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        """Return the shard's tensors by their names in a snapshot, in a fixed order."""
-        found: dict[str, torch.Tensor] = {}
-        for i, flat in enumerate(self._zero.fp32_partitioned_groups_flat):
-            found[f"group{i}/master"] = flat.data
-            for moment in _MOMENTS:
-                found[f"group{i}/{moment}"] = self._zero.optimizer.state[flat][moment]
-        found |= {f"frozen/{n}": _storable(p.ds_tensor.data) for n, p in self._frozen.items()}
+    def _names(self) -> list[str]:
+        """Return what the tensors are called in a snapshot, in the order of `_tensors`."""
+        groups = range(len(self._zero.fp32_partitioned_groups_flat))
+        names = [f"group{i}/{part}" for i in groups for part in ("master", *_MOMENTS)]
+        names += [f"frozen/{name}" for name in self._frozen]
+        return names + [f"buffer/{name}" for name, _ in self._engine.module.named_buffers() if name in self._buffers]
+
+    def _tensors(self, adam: Adam) -> list[torch.Tensor]:
+        """Return the shard's tensors, in a fixed order. In every step: what need not be done is left out."""
+        found: list[torch.Tensor] = []
+        for flat, moments in adam:
+            found += (flat, *(moments[moment] for moment in _MOMENTS))
+        found += [parameter.ds_tensor for parameter in self._frozen.values()]
         if self._buffers:
-            buffers = self._engine.module.named_buffers()
-            found |= {f"buffer/{n}": _storable(b) for n, b in buffers if n in self._buffers}
+            found += [buffer for name, buffer in self._engine.module.named_buffers() if name in self._buffers]
         return found
+
+    def _adam(self) -> Adam:
+        """Return every group's master copy with its state in Adam."""
+        state = self._zero.optimizer.state
+        return [(flat, state[flat]) for flat in self._zero.fp32_partitioned_groups_flat]
 
     def _small_state(self) -> dict[str, Any]:
         engine, zero = self._engine, self._zero
         scheduler = engine.lr_scheduler
         return {
-            "optimizer_steps": [
-                float(zero.optimizer.state[flat]["step"]) for flat in zero.fp32_partitioned_groups_flat
-            ],
-            "param_groups": [
-                {key: value for key, value in group.items() if key != "params"} for group in zero.optimizer.param_groups
-            ],
+            "optimizer_steps": [float(step) for step in self._steps],
+            "param_groups": [_without_parameters(group) for group in zero.optimizer.param_groups],
             "loss_scaler": {k: v for k, v in vars(zero.loss_scaler).items() if isinstance(v, _PLAIN)},
             "overflow": bool(zero.overflow),
             "engine": {name: int(getattr(engine, name)) for name in _ENGINE_COUNTERS},
@@ -181,9 +198,8 @@ class Shard:
 
     def _put_small_state(self, state: Mapping[str, Any]) -> None:
         engine, zero = self._engine, self._zero
-        for flat, count in zip(zero.fp32_partitioned_groups_flat, state["optimizer_steps"], strict=True):
-            kept = zero.optimizer.state[flat]["step"]
-            zero.optimizer.state[flat]["step"] = torch.full_like(kept, count) if torch.is_tensor(kept) else int(count)
+        for (_, moments), count in zip(self._adam(), state["optimizer_steps"], strict=True):
+            moments["step"].fill_(count)
         for group, saved in zip(zero.optimizer.param_groups, state["param_groups"], strict=True):
             for key, value in saved.items():
                 group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
@@ -194,6 +210,12 @@ class Shard:
             setattr(engine, name, int(state["engine"][name]))
         if engine.lr_scheduler is not None:
             engine.lr_scheduler.load_state_dict(from_json(state["lr_scheduler"]))
+
+
+def _without_parameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    settings = dict(group)
+    del settings["params"]
+    return settings
 
 
 def _check_settings(optimizer: torch.optim.Optimizer) -> None:
@@ -218,8 +240,8 @@ def _create_moments(optimizer: torch.optim.Optimizer, flat: torch.Tensor) -> Non
 
 
 def _storable(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a view whose type numpy and HDF5 know too: 16-bit floats travel as integers."""
-    return tensor.view(torch.int16) if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+    """Return its data in a type that numpy and HDF5 know too: 16-bit floats travel as integers."""
+    return tensor.data.view(torch.int16) if tensor.dtype in (torch.bfloat16, torch.float16) else tensor.data
 
 
 def _view(payload: memoryview, spec: TensorSpec) -> torch.Tensor:

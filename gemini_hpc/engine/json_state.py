@@ -11,11 +11,11 @@ _TYPE = "!"
 
 
 def to_json(value: Any, what: str) -> Any:
-    """Return JSON types alone. Raises UserError for a value that has none; `what` says whose it is."""
+    """Return JSON types alone, perhaps the very value. Raises UserError for one that has none; `what` is its owner."""
     if type(value) in _PLAIN:
         return value
     if type(value) is list:
-        return [to_json(item, what) for item in value]
+        return value if all(type(item) in _PLAIN for item in value) else [to_json(item, what) for item in value]
     if type(value) is tuple:
         return {_TYPE: "tuple", "items": [to_json(item, what) for item in value]}
     if type(value) is dict and _TYPE not in value and all(type(key) is str for key in value):

@@ -21,7 +21,6 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import mpi4py
@@ -172,7 +171,7 @@ class Host:
                 yield True
             if self.arena.record(OWN, half) != record:
                 return  # overwritten meanwhile; the worker will say so
-            record = replace(record, state=State.SEALED, checksum=digest.intdigest())
+            record = record._replace(state=State.SEALED, checksum=digest.intdigest())
             self.arena.write_record(OWN, half, record)
         if record.state is State.SEALED:
             at = (record.generation, record.rank, record.step)
@@ -191,7 +190,7 @@ class Host:
             yield from self._read(order, ordered + order.deadline_s, digest)
             if digest.intdigest() != order.checksum:
                 raise PullFailed("checksum")
-            record = replace(record, state=State.SEALED, checksum=order.checksum)
+            record = record._replace(state=State.SEALED, checksum=order.checksum)
         except GeminiError as failure:
             reason = str(failure)
         except MPI.Exception as failure:

@@ -3,7 +3,6 @@
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 
@@ -36,7 +35,7 @@ def test_a_seal_needs_a_written_half_that_stays_as_it_is(arenas: Arenas, start: 
     written = Record(State.WRITTEN, 0, 7, 1, SIZE)
     world.arenas[0].write_record(OWN, 0, written)
     world.send(0, "Written", half=0)
-    world.arenas[0].write_record(OWN, 0, replace(written, state=State.WRITING, step=9))
+    world.arenas[0].write_record(OWN, 0, written._replace(state=State.WRITING, step=9))
     world.arenas[0].write_record(OWN, 1, written)
     world.send(0, "Written", half=1)
     assert world.wait(0, "Sealed")["half"] == 1  # the first that is sealed at all
