@@ -135,6 +135,12 @@ def _gather(turn: Turn) -> None:
             _fetch(turn, rank, node)
     missing = [rank for rank in plan.ranks if rank not in cluster.fetched and plan.sources[rank].tier == "peer"]
     if missing and turn.in_phase_for() > cluster.rules.gather_s:
+        deaf = plan.ranks[missing[0]]
+        if recovery.has_substitute(cluster, deaf):
+            turn.set_member(deaf, deaf=True)
+            turn.set(ranks={rank: node for rank, node in cluster.ranks.items() if node != deaf})
+            turn.open_generation(f"{deaf} could not read rank {missing[0]}; another takes its place")
+            return
         if cluster.published is None:  # rather than quietly from the beginning
             turn.save_and_stop(f"nobody could give rank {missing[0]} within {cluster.rules.gather_s:.0f} s")
             return

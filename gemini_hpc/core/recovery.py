@@ -1,6 +1,6 @@
 """Plan a generation: who takes which rank, from which step, and where each rank's snapshot comes from."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 
 from gemini_hpc.core.state import Cluster, Copies, Copy, Member, Plan, Source, Worker
 from gemini_hpc.core.types import FRESH
@@ -29,18 +29,28 @@ def assign(cluster: Cluster) -> dict[int, str] | None:
     """Give every rank a living node: its own where that lives, else a spare, the readiest first."""
     ranks = {rank: node for rank, node in cluster.ranks.items() if cluster.members[node].alive}
     taken = set(ranks.values())
-    spares = [m for m in cluster.members.values() if m.alive and m.held is not None and m.node not in taken]
+    spares = _spares(cluster, taken)
     for as_built in (True, False):  # an engine that is built as this rank already is the best choice
         for rank in [rank for rank in range(cluster.rules.world_size) if rank not in ranks]:
             fits = [m for m in spares if not as_built or (m.built_rank == rank and m.worker is Worker.IDLE)]
             if fits:
                 # best one whose arena is empty: what an evicted node still holds is overwritten when it takes a rank
                 chosen = min(
-                    fits, key=lambda member: (member.worker is not Worker.IDLE, bool(member.held), member.node)
+                    fits,
+                    key=lambda member: (member.deaf, member.worker is not Worker.IDLE, bool(member.held), member.node),
                 )
                 spares.remove(chosen)
                 ranks[rank] = chosen.node
     return dict(sorted(ranks.items())) if len(ranks) == cluster.rules.world_size else None
+
+
+def has_substitute(cluster: Cluster, node: str) -> bool:
+    """Whether a spare is left that may be able to read what `node` cannot."""
+    return any(not member.deaf for member in _spares(cluster, {*cluster.ranks.values(), node}))
+
+
+def _spares(cluster: Cluster, taken: Set[str]) -> list[Member]:
+    return [m for m in cluster.members.values() if m.alive and m.held is not None and m.node not in taken]
 
 
 def last_ranks(members: Iterable[Member]) -> dict[int, str]:

@@ -145,13 +145,26 @@ def test_an_evicted_node_that_did_not_hear_so_is_told_again_and_comes_back() -> 
     assert cluster.outcome == "finished"
 
 
-def test_a_snapshot_that_nobody_can_read_is_saved_rather_than_trained_again_from_the_beginning() -> None:
+def unreadable(*pairs: tuple[str, str]) -> Simulation:
+    """At step 100 or later n2 is lost, with nothing on the persistent tier; neither of a pair can read from the other."""
     cluster = started(nodes=6, persist_every=1000, total_steps=2000)
     cluster.run(lambda c: c.cluster.safe_step >= 100, 100)
-    cluster.cut(cluster.lines_between(["n4"], ["n3"]), 60.0)
+    for one, other in pairs:
+        cluster.cut(cluster.lines_between([one], [other]), 60.0)
     cluster.kill_node("n2")
-    cluster.run(Simulation.over, 120)
+    return cluster
+
+
+def test_a_snapshot_that_nobody_can_read_is_saved_rather_than_trained_again_from_the_beginning() -> None:
+    cluster = unreadable(("n4", "n3"), ("n5", "n3")).run(Simulation.over, 120)
     assert cluster.outcome == "stopped" and max(cluster.manifests) >= 100
+
+
+def test_what_one_spare_cannot_read_another_does() -> None:
+    cluster = unreadable(("n4", "n3"))
+    cluster.run(lambda c: c.running() and c.cluster.generation > 1)
+    assert cluster.cluster.ranks[2] == "n5" and cluster.cluster.plan is not None and cluster.cluster.plan.step >= 100
+    assert cluster.run(Simulation.over, 200).outcome == "finished"
 
 
 def test_a_node_that_is_back_does_not_answer_for_its_former_self() -> None:
