@@ -146,7 +146,7 @@ def test_an_evicted_node_that_did_not_hear_so_is_told_again_and_comes_back() -> 
 
 
 def unreadable(*pairs: tuple[str, str]) -> Simulation:
-    """At step 100 or later n2 is lost, with nothing on the persistent tier; neither of a pair can read from the other."""
+    """At step 100 or later n2 is lost, and nothing is on disk; neither node of a pair can read from the other."""
     cluster = started(nodes=6, persist_every=1000, total_steps=2000)
     cluster.run(lambda c: c.cluster.safe_step >= 100, 100)
     for one, other in pairs:
