@@ -22,6 +22,9 @@ from typing import Any
 from gemini_hpc.core.messages import Command, Deposed, Event, Heartbeat, Lead, NodeExited, RequestVote, Tick, Vote
 from gemini_hpc.core.types import changed
 
+PATIENCE = 2
+"""In leases: so long the first node may come later than another before that one stands for election at the start."""
+
 STAGGER = 0.5
 """Of a beat: by so much one node stands later than the one before it, which is time enough to win."""
 
@@ -86,7 +89,7 @@ def new_election(node: str, nodes: tuple[str, ...], beat_s: float, lease_s: floa
     """Return the state of an agent that has just started; the first of `nodes` stands at once, the others wait."""
     first = voter and node == nodes[0]
     voters = nodes if voter else ()
-    return Election(node, voters, nodes, beat_s, lease_s, now if first else now + lease_s)
+    return Election(node, voters, nodes, beat_s, lease_s, now if first else now + PATIENCE * lease_s)
 
 
 def step(election: Election, now: float, message: Event | Command) -> tuple[Election, list[Event | Command]]:

@@ -123,6 +123,10 @@ class Run:
             if kind in ("", event["kind"]) and all(event.get(name) == value for name, value in fields.items())
         ]
 
+    def generation(self, number: int) -> int:
+        """Return what the `number`-th generation is called: it begins with what the first coordinator's term does."""
+        return int(self.events("plan")[0]["generation"]) + number - 1
+
     def ended(self) -> bool:
         return self.submit.poll() is not None
 

@@ -320,7 +320,7 @@ def test_a_node_falls_silent(what: str, tmp_path: Path, matrix: Matrix, referenc
     with start(tmp_path) as run:
         run.wait_for_training(step=4)
         {"cut": faults.cut, "stop": faults.stop}[what](run.paths, "node1")
-        run.wait_for("first_step", generation=2)
+        run.wait_for("first_step", generation=run.generation(2))
         assert run.pids(AGENT, "node1")
         faults.go_on(run.paths, "node1")
         until(lambda: not run.pids(node="node1"), "node1 to leave by itself", GONE_S)
@@ -390,7 +390,7 @@ def test_the_spare_is_lost_while_it_fetches(tmp_path: Path, matrix: Matrix, refe
         with host_stopped(run, "node2"):  # it holds rank 1's replica: the fetch cannot end
             faults.kill_node(run.paths, "node1")
             run.wait_for("fetch_started", rank=1, source="node2")
-            spare = run.wait_for("promote", rank=1, generation=2)["target"]
+            spare = run.wait_for("promote", rank=1, generation=run.generation(2))["target"]
             faults.kill_node(run.paths, spare)
             run.wait_for("evict", target=spare)
         run.wait_for_end()
@@ -536,7 +536,7 @@ def test_the_memory_file_system_is_full(
         run.wait_for_training(step=4)
         fill(small_memory)
         faults.kill_worker(run.paths, "node0")
-        run.wait_for("first_step", generation=2)
+        run.wait_for("first_step", generation=run.generation(2))
         faults.kill_node(run.paths, "node1")
         run.wait_for_end()
         assert_identical(run, references(3, STEPS))
@@ -577,7 +577,7 @@ def test_fifty_kills_in_a_row(tmp_path: Path, matrix: Matrix, references: Refere
             if kill == KILLS // 5:  # what is only needed once has been made by then
                 before = {name: usage(pid) for name, pid in survivors.items()}
             faults.kill_worker(run.paths, f"node{1 + kill % 2}")
-            run.wait_for("first_step", generation=2 + kill)
+            run.wait_for("first_step", generation=run.generation(2 + kill))
         after = {name: usage(pid) for name, pid in survivors.items()}
         run.wait_for_end()
         assert_identical(run, references(3, FAIR_STEPS))

@@ -24,7 +24,7 @@ def test_a_drill_from_a_second_terminal(tmp_path: Path) -> None:
         answer = call("drill", str(run.run_dir), "kill-node", "node1")
         assert answer.returncode == 0 and answer.stdout.startswith("kill-node node1: done"), answer.stderr
         run.wait_for("fault", action="kill_node", target="node1")
-        run.wait_for("first_step", generation=2)
+        run.wait_for("first_step", generation=run.generation(2))
         again = call("drill", str(run.run_dir), "kill-node", "node1")
         assert again.returncode == 2 and again.stderr.startswith("error: ") and again.stderr.count("\n") == 1
         run.wait_for_end(timeout_s=300)
