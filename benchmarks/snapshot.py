@@ -1,10 +1,9 @@
 """How long training stands still for a snapshot, beside a plain copy of the same bytes into the same memory.
 
 Two ranks in a real group, each the engine of GPT-2 of several sizes (as rank 0 or 1 of 4), in the environment of a
-worker. In every turn they do what a step ends with, in one of three ways, after other memory was written as a training
-step does: vote alone; vote, then snapshot, whose small parts are gathered while the votes are on their way; vote, then
-copy as many bytes by one memmove. A snapshot's time is what its turn takes longer than the vote's does; its ratio is to
-the copy alone. `python benchmarks/snapshot.py` writes benchmarks/results/snapshot.json.
+worker. In every turn, after other memory was written as an update does, they either take a snapshot, all of it: the
+outcome of the vote that was cast before the update, the small state, the records and the copy; or copy as many bytes by
+one memmove. `python benchmarks/snapshot.py` writes benchmarks/results/snapshot.json.
 """
 
 import json
@@ -30,6 +29,8 @@ RUNS = 3
 WARM_UP = 2
 TURNS = 25
 
+Outcome = Callable[[], bool]
+
 
 def measure(rank: int, hidden: int, layers: int) -> dict[str, float]:
     """One run in this process: medians over TURNS of the seconds that each way takes."""
@@ -53,36 +54,27 @@ def measure(rank: int, hidden: int, layers: int) -> dict[str, float]:
         others = np.zeros(CACHE_BYTES, np.uint8)
         source = np.random.default_rng(0).integers(0, 255, nbytes, np.uint8)
 
-        def vote(_turn: int) -> float:
-            start = time.perf_counter()
-            world.vote(True)()
-            return time.perf_counter() - start
-
-        def snapshot(turn: int) -> float:
-            start = time.perf_counter()
-            outcome = world.vote(True)
+        def snapshot(turn: int, outcome: Outcome) -> None:
+            assert outcome()
             moment = built.shard.gather(turn, 1.0)
-            outcome()
             arena.write_record(OWN, turn % 2, Record(State.WRITING, rank, turn, 1))
             built.shard.capture(places[turn % 2], moment)
             arena.write_record(OWN, turn % 2, Record(State.WRITTEN, rank, turn, 1, nbytes))
-            return time.perf_counter() - start
 
-        def copy(turn: int) -> float:
-            world.vote(True)()
-            start = time.perf_counter()
+        def copy(turn: int, _: Outcome) -> None:
             np.copyto(np.frombuffer(arena.payload(OWN, turn % 2), np.uint8), source)
-            return time.perf_counter() - start
 
-        seconds: dict[Callable[[int], float], list[float]] = {vote: [], snapshot: [], copy: []}
+        seconds: dict[Callable[[int, Outcome], None], list[float]] = {snapshot: [], copy: []}
         for turn in range(WARM_UP + TURNS):
             for way in seconds:
-                others += 1
-                world.vote(True)()  # both begin at the same moment
-                seconds[way].append(way(turn))
-    vote_s, with_vote_s, copy_s = (statistics.median(taken[WARM_UP:]) for taken in seconds.values())
-    snapshot_s = with_vote_s - vote_s
-    return {"bytes": nbytes, "vote_s": vote_s, "snapshot_s": snapshot_s, "copy_s": copy_s, "ratio": snapshot_s / copy_s}
+                outcome = world.vote(True)  # as before an update
+                others += 1  # the update
+                world.vote(True)()  # both ranks begin at the same moment
+                start = time.perf_counter()
+                way(turn, outcome)
+                seconds[way].append(time.perf_counter() - start)
+    snapshot_s, copy_s = (statistics.median(taken[WARM_UP:]) for taken in seconds.values())
+    return {"bytes": nbytes, "snapshot_s": snapshot_s, "copy_s": copy_s, "ratio": snapshot_s / copy_s}
 
 
 def _meeting_point(world: "object", rank: int) -> str:
@@ -106,8 +98,8 @@ def main() -> None:
         medians = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
         ratios = [run["ratio"] for run in runs]
         print(
-            f"{medians['bytes'] / 1e6:8.1f} MB  vote {medians['vote_s'] * 1e3:5.2f} ms"
-            f"  snapshot {medians['snapshot_s'] * 1e3:7.2f} ms  copy {medians['copy_s'] * 1e3:7.2f} ms"
+            f"{medians['bytes'] / 1e6:8.1f} MB  snapshot {medians['snapshot_s'] * 1e3:7.2f} ms"
+            f"  copy {medians['copy_s'] * 1e3:7.2f} ms"
             f"  ratio {medians['ratio']:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         )
         results.append({"hidden": hidden, "layers": layers, **medians, "runs": runs})

@@ -45,6 +45,8 @@ def main(arguments: list[str]) -> int:
         print(f"{faults.loop(paths, options.mtbf, options.seed)} failures; the run is over")
         return 0
     nodes = virtual_nodes(run)
+    if options.node is None:
+        raise UserError(f"{options.action} needs a node: {', '.join(nodes)}")
     if options.node not in nodes:
         raise UserError(f"no node {options.node!r}; the nodes are {', '.join(nodes)}")
     _require_living(paths)

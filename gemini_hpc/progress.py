@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from shlex import quote
 from typing import Any, TextIO
 
 from gemini_hpc.analysis import timeline
@@ -25,7 +26,7 @@ class Progress:
         self._rewrites = out.isatty()
         self._last = 0.0
         self._state = self._shown = ""
-        self._recovered = 0
+        self._recovered = len(self._recoveries())  # of the attempts before, when it is resumed
         self._told = 1  # the newest generation whose recovery was told; the first is the start
 
     def show(self) -> None:
@@ -62,17 +63,21 @@ class Progress:
             self._out.write(f"report   {self.paths.report}\n")
         if state != "finished":
             self._out.write(f"logs     {self.paths.logs}; the job's own: {log}\n")
+            self._out.write(f"resume   python -m gemini_hpc.submit --resume {quote(str(self.paths.run_dir))}\n")
         self._out.flush()
         return 0 if state == "finished" else 1
 
     def _tell_recoveries(self) -> None:
-        found = [r for r in timeline.recoveries(read_events(self.paths.run_dir)) if r.outcome == "recovered"]
+        found = self._recoveries()
         for item in found[self._recovered :]:
             again = f"training again after {item.ms('first step'):,.0f} ms"
             text = f"{timeline.title(item)}: {timeline.summary(item)}, {again}"
             self._out.write(("\r\x1b[K" if self._rewrites else "") + text + "\n")
             self._told = max(self._told, *item.generations)
         self._recovered = len(found)
+
+    def _recoveries(self) -> list[timeline.Recovery]:
+        return [r for r in timeline.recoveries(read_events(self.paths.run_dir)) if r.outcome == "recovered"]
 
 
 def _line(status: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ from gemini_hpc.runtime.children import ATTACHED
 from gemini_hpc.runtime.fingerprint import fingerprint
 from gemini_hpc.runtime.paths import RunPaths
 from gemini_hpc.runtime.processes import is_held
-from gemini_hpc.runtime.status_file import read_status
+from gemini_hpc.runtime.status_file import read_status, update_status
 from gemini_hpc.slurm.script import job_script
 
 CANCEL_GRACE_S = 15.0
@@ -57,6 +57,8 @@ def main(arguments: list[str]) -> int:
     if options.prepare:
         print(run_dir.resolve())
         return 0
+    if options.resume is not None:
+        update_status(RunPaths(run_dir.resolve(), Path(config.site.shm_dir)), state="starting", waiting_for=[])
     return _submit(run_dir, config, needs, wait=config.site.kind == "local" if options.wait is None else options.wait)
 
 
@@ -141,8 +143,12 @@ def _resume(run_dir: Path, options: argparse.Namespace) -> tuple[Path, RunConfig
         )
     try:
         newest = manifest.newest(run_dir)
+        damaged = manifest.published(run_dir) if newest is None else []
+        rejected = manifest.survey(run_dir)[1] if damaged else []
     except manifest.PersistError as error:
         raise UserError(f"{error}; make it readable, or start a new run") from error
+    if damaged:  # rather than quietly from the beginning, over what may still be saved
+        raise UserError(f"no checkpoint of {run_dir} can be used ({rejected[0]}); repair one, or start a new run")
     if fingerprint(before) != fingerprint(config) or (newest and newest.fingerprint != fingerprint(config)):
         raise UserError(
             f"{run_dir} was started with other settings of model, data, train or number of nodes; "

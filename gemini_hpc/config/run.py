@@ -23,7 +23,7 @@ class TrainConfig(Section):
     """seed of the weights, of dropout and of the data's order"""
     micro_batch: int = Field(4, ge=1, le=1 << 20)
     """sequences of one rank in one forward and backward pass"""
-    grad_accum: int = Field(1, ge=1)
+    grad_accum: int = Field(1, ge=1, le=1 << 20)
     """micro batches per step"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """number format of the model; the optimizer always keeps fp32"""

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from gemini_hpc.errors import UserError
 
@@ -15,6 +15,17 @@ class Section(BaseModel):
     """Base of every configuration model: frozen, unknown keys refused, finite numbers only."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number_by_yes_or_no(cls, value: Any, info: ValidationInfo) -> Any:
+        """`true` is not 1."""
+        kinds = get_args(cls.model_fields[str(info.field_name)].annotation) or (
+            cls.model_fields[str(info.field_name)].annotation,
+        )
+        if isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):
+            raise PydanticCustomError("int_bool", "a number")
+        return value
 
 
 M = TypeVar("M", bound=BaseModel)

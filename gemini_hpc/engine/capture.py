@@ -73,8 +73,8 @@ class Shard:
         self._frozen = {n: p for n, p in engine.module.named_parameters() if id(p) not in trained}
         self._buffers = {name for name, _ in engine.module.named_buffers() if name in persistent}
         named = zip(self._names(), map(_storable, self._tensors(self._adam())), strict=True)
-        self.specs, self.nbytes = layout([(name, _DTYPES[t.dtype], tuple(t.shape)) for name, t in named])
-        self._addresses: list[int] = []  # of the tensors when the arrays were made
+        self.specs, self.nbytes = layout([(name, _dtype_of(name, t), tuple(t.shape)) for name, t in named])
+        self._seen: list[Any] = []  # where the tensors lay, and how, when the arrays were made
         self._arrays: list[np.ndarray[Any, Any]] = []
         self._steps: list[np.ndarray[Any, Any]] = []
         self._refuse_too_much()
@@ -96,13 +96,14 @@ class Shard:
     def gather(self, step: int, loss: float) -> Moment:
         """Prepare the snapshot of the shard as it is after `step` updates, the last of which had `loss`.
 
-        Small things, whatever the size of the model: done while the ranks vote, when nobody can train.
+        Small things, whatever the size of the model.
         """
         adam = self._adam()
         tensors, steps = self._tensors(adam), [moments["step"] for _, moments in adam]
-        addresses = [tensor.data_ptr() for tensor in (*tensors, *steps)]
-        if addresses != self._addresses:  # what numpy sees stays the same: to ask torch costs much when caches are cold
-            self._addresses = addresses
+        # what numpy sees mostly stays the same, and to ask torch for it costs much when caches are cold
+        seen = [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (*tensors, *steps)]
+        if seen != self._seen:
+            self._seen = seen
             self._arrays = [_storable(tensor).numpy() for tensor in tensors]
             self._steps = [step.numpy() for step in steps]
         state = self._small_state() | {"loss": loss}
@@ -237,6 +238,14 @@ def _create_moments(optimizer: torch.optim.Optimizer, flat: torch.Tensor) -> Non
         state["step"] = torch.tensor(0.0, dtype=torch.float32)
         for moment in _MOMENTS:
             state[moment] = torch.zeros_like(flat, memory_format=torch.preserve_format)
+
+
+def _dtype_of(name: str, tensor: torch.Tensor) -> str:
+    if tensor.dtype not in _DTYPES:
+        raise UserError(
+            f"{name} of the model is {tensor.dtype}, which a snapshot cannot carry; use {', '.join(_DTYPES.values())}"
+        )
+    return _DTYPES[tensor.dtype]
 
 
 def _storable(tensor: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,8 @@ class Training:
     """
 
     model: torch.nn.Module
-    """The whole model, built outside `deepspeed.zero.Init` (FACTS.md section 2)."""
+    """The whole model, built outside `deepspeed.zero.Init` (FACTS.md section 2). Its state beside the parameters is
+    what its `state_dict()` has: attributes and buffers that are not persistent are lost with the process."""
 
     optimizer: torch.optim.Optimizer
     """Adam or AdamW over the model's parameters: state that lies beside each parameter."""
@@ -42,16 +43,27 @@ class Training:
     """A torch learning-rate scheduler, stepped by DeepSpeed once per optimizer update."""
 
 
-def train_step(engine: Any, training: Training, seed: int, step: int, rank: int) -> float:
+def train_step(
+    engine: Any,
+    training: Training,
+    seed: int,
+    step: int,
+    rank: int,
+    before_update: Callable[[], None] = lambda: None,
+) -> float:
     """Do optimizer update `step` (all ranks); return this rank's loss, averaged over its micro-batches.
 
+    `before_update` is called once all gradients are there, and may begin a collective.
     Blocks on the collectives of the engine's group and raises what they raise when a peer is lost.
     """
     seed_step(seed, step, rank)
     losses = []
-    for micro_step in range(engine.gradient_accumulation_steps()):
+    micro_steps = engine.gradient_accumulation_steps()
+    for micro_step in range(micro_steps):
         loss = training.loss(engine, training.batch(step, rank, micro_step))
         engine.backward(loss)
+        if micro_step == micro_steps - 1:
+            before_update()
         engine.step()
         losses.append(loss.detach().float())
     return float(torch.stack(losses).mean())

@@ -127,6 +127,11 @@ def survey(run_dir: Path) -> tuple[list[Manifest], list[str]]:
     return valid, rejected
 
 
+def published(run_dir: Path) -> list[Path]:
+    """Return all checkpoints that were ever published and are still there, valid or damaged, oldest first."""
+    return [directory for _, directory in _step_dirs(run_dir) if os.path.lexists(directory / MANIFEST)]
+
+
 def prune(run_dir: Path, keep: int) -> list[Path]:
     """Remove old checkpoints but the newest `keep` (at least one), and return the directories that are gone.
 

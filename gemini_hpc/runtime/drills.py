@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from gemini_hpc.arena import OWN, Arena, State
@@ -14,6 +15,19 @@ STRIKES = {"kill_node": kill_node, "kill_worker": kill_worker, "stop_worker": st
 
 SEAL_S = 1.0
 """A drill that strikes during replication waits so long for the snapshot to be sealed."""
+
+
+def missed(paths: RunPaths, run: RunConfig) -> list[str]:
+    """Name the drills that never struck."""
+    return [
+        f"{drill.action} in step {drill.step} ({drill.phase}, rank {drill.rank})"
+        for number, drill in enumerate(run.drills)
+        if not _mark(paths, number).exists()
+    ]
+
+
+def _mark(paths: RunPaths, number: int) -> Path:
+    return paths.run_dir / "drills" / f"{number}.struck"
 
 
 class Drills:
@@ -63,10 +77,10 @@ class Drills:
 
     def _first(self, number: int) -> bool:
         """Leave a mark that outlives this node; whether there was none yet."""
-        marks = self._paths.run_dir / "drills"
-        marks.mkdir(exist_ok=True)
+        mark = _mark(self._paths, number)
+        mark.parent.mkdir(exist_ok=True)
         try:
-            os.close(os.open(marks / f"{number}.struck", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            os.close(os.open(mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         except FileExistsError:
             return False
         return True

@@ -21,6 +21,7 @@ from gemini_hpc.errors import GeminiError
 from gemini_hpc.runtime.children import ATTACHED, DYING_WITH_US, Child
 from gemini_hpc.runtime.closing import verify
 from gemini_hpc.runtime.cluster import CLUSTER, NODES, RETURNED, virtual_nodes
+from gemini_hpc.runtime.drills import missed
 from gemini_hpc.runtime.paths import RunPaths, open_run
 from gemini_hpc.runtime.processes import NODE_MARK, RUN_MARK, RunLock, clear, sweep, wait_exit
 from gemini_hpc.runtime.status_file import update_status
@@ -220,6 +221,8 @@ def _close(paths: RunPaths, run: RunConfig, reason: str) -> tuple[str, str]:
     """Prove that no failure changed anything, and write the report."""
     clear(paths.shm_dir, paths.run_id)
     outcome = "finished"
+    if never := missed(paths, run):
+        reason = f"{reason}; drills that never struck: {', '.join(never)}"
     if run.verify:
         try:
             comparison = verify(paths, run, check_wanted)

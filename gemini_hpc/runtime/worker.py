@@ -8,6 +8,7 @@ import threading
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from math import isfinite, nan
 
 logging.disable(logging.INFO)  # the libraries' chatter; errors still reach the log
@@ -144,7 +145,7 @@ class Worker:
         if join.step == FRESH:
             self._last_snapshot = None
             loss = nan
-            self._snapshot(0, loss, join, wait=False)
+            self._snapshot(0, loss, join, self._vote(wait=False), wait=False)
         else:
             self._built.fresh = False  # however this ends
             loss = self._built.shard.restore(self._arena.payload(OWN, join.half)).state["loss"]
@@ -202,11 +203,22 @@ class Worker:
         for step in range(max(join.step, 0) + 1, total + 1):
             start = time.monotonic()
             self._drills.arm(step, join.rank, self._built.engine)
-            loss = train_step(self._built.engine, self._built.training, seed, step, join.rank)
+            strict = self._run.protect.strict
+            wait = step == total or strict
+            # cast while the update is still to be done, which hides its time: a snapshot of the last one that is
+            # safe by then will do for this one to be taken
+            votes: list[Callable[[], bool]] = []
+            loss = train_step(
+                self._built.engine,
+                self._built.training,
+                seed,
+                step,
+                join.rank,
+                before_update=lambda wait=wait, votes=votes: votes.append(self._vote(wait)),
+            )
             if not self._run.train.allow_nan:
                 self._refuse_not_finite(loss, step, join)
-            strict = self._run.protect.strict
-            snapshot_s = self._snapshot(step, loss, join, wait=step == total or strict)
+            snapshot_s = self._snapshot(step, loss, join, votes[0], wait)
             if strict and not self._wait_until_safe():
                 raise GeminiError(f"protect.strict: step {step} is not safe within {self._run.recovery.join_s:.0f} s")
             step_s = time.monotonic() - start
@@ -238,32 +250,36 @@ class Worker:
 
     # --- snapshots ----------------------------------------------------------------------------------
 
-    def _snapshot(self, step: int, loss: float, join: Join, wait: bool) -> float:
+    def _vote(self, wait: bool) -> Callable[[], bool]:
+        """Begin to find out whether all ranks can take a snapshot (all ranks).
+
+        It is of use when the one before it is safe everywhere. Where replication is slower than training that is not
+        so in every step, and then snapshots get rarer; all ranks must leave out the same ones, so they vote.
+        """
+        assert self._arena is not None
+        return self._world.vote(wait or self._is_safe(self._arena))
+
+    def _snapshot(self, step: int, loss: float, join: Join, all_can: Callable[[], bool], wait: bool) -> float:
         """Copy the shard into the free half of the own area; return the seconds it cost, -1 if it was left out.
 
-        A snapshot is of use when the one before it is safe everywhere. Where replication is slower than training
-        that is not so in every step, and then snapshots get rarer; all ranks must leave out the same ones, so
-        they vote. With `wait` training waits for it (a bounded time), and nothing is left out.
+        With `wait` training first waits, a bounded time, until the one before is safe, and nothing is left out.
         """
         arena = self._arena
         assert arena is not None
         shard = self._built.shard
-        all_are_safe = self._world.vote(wait or self._is_safe(arena))
-        start = time.monotonic()
-        moment = shard.gather(step, loss)
-        gathered_s = time.monotonic() - start
-        if not all_are_safe():
+        if not all_can():
             return -1.0
         if wait:
             self._wait_until_safe()
         start = time.monotonic()
+        moment = shard.gather(step, loss)
         half = self._free_half(arena)
         arena.write_record(OWN, half, Record(State.WRITING, join.rank, step, join.generation))
         shard.capture(self._places[half], moment)
         self._drills.strike_at("snapshot", step, join.rank)
         written = Record(State.WRITTEN, join.rank, step, join.generation, shard.nbytes)
         arena.write_record(OWN, half, written)
-        taken_s = gathered_s + time.monotonic() - start
+        taken_s = time.monotonic() - start
         self._channel.send(Written(self._node, half))
         self._drills.strike_in_replication(step, join.rank, arena, half)
         self._last_snapshot = step

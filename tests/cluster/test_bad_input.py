@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from gemini_hpc.config import dump, load_run
 from tests.cluster.runs import call
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(60)]
@@ -29,6 +30,7 @@ WRONG = {
     "a file that is not there": (["{place}/missing.yaml"], "missing.yaml"),
     "two files": (["{place}/a.yaml", "{place}/b.yaml"], "one configuration file"),
     "not a number": (["train.steps=many"], "train.steps"),
+    "yes for a number": (["train.steps=true"], "train.steps"),
     "no steps": (["train.steps=0"], "train.steps"),
     "an entry that is not there": (["train.entry=no_such_job:build"], "no_such_job"),
     "an entry without a function": (["train.entry=gemini_hpc"], "MODULE:FUNCTION"),
@@ -53,6 +55,20 @@ def test_submit_refuses(case: str, tmp_path: Path) -> None:
     assert answer.stdout == ""
     assert answer.stderr.startswith("error: ") and answer.stderr.count("\n") == 1, answer.stderr
     assert hint in answer.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_submit_does_not_begin_anew_over_checkpoints_that_are_damaged(tmp_path: Path) -> None:
+    """All manifests of the run are cut short: what is left of it may still be saved by hand."""
+    (tmp_path / "config.yaml").write_text(dump(load_run(site="local")))
+    for step in (10, 20):
+        folder = tmp_path / "checkpoints" / f"step-{step:08}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text('{"step": ')
+    before = sorted(tmp_path.rglob("*"))
+    answer = call("submit", "--resume", str(tmp_path), cwd=tmp_path)
+    assert answer.returncode == 2 and answer.stderr.count("\n") == 1, answer
+    assert "no checkpoint of" in answer.stderr and "step-00000020" in answer.stderr
     assert sorted(tmp_path.rglob("*")) == before
 
 
