@@ -17,6 +17,8 @@ from gemini_hpc.telemetry import read_events
 SILENT_S = 5.0
 """A status that is older was written by a coordinator that is no more."""
 
+AFTER_TRAINING = ("verifying", "reporting")
+
 
 def main(arguments: list[str]) -> int:
     parser = Parser(prog="gemini_hpc.status", description="Show the state of a run.")
@@ -69,6 +71,8 @@ def _text(name: str, status: dict[str, Any]) -> str:
         lines.append(f"waiting for {status['waiting_s']} s for: " + ", ".join(status["waiting_for"]))
     if status["alive"] and status["age_s"] > SILENT_S:
         lines.append(f"nobody has led this run for {status['age_s']:.0f} s: a node that a majority answers is awaited")
+    if not status["alive"] or status["state"] in AFTER_TRAINING:
+        lines.append("the nodes, when the training ended:")
     for node in status["nodes"]:
         rank = f"rank {node['rank']}" if node["rank"] is not None else ""
         doubt = f"suspected: {', '.join(node['suspected_for'])}" if node["suspected_for"] else ""
