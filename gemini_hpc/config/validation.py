@@ -20,9 +20,8 @@ class Section(BaseModel):
     @classmethod
     def _no_number_by_yes_or_no(cls, value: Any, info: ValidationInfo) -> Any:
         """`true` is not 1."""
-        kinds = get_args(cls.model_fields[str(info.field_name)].annotation) or (
-            cls.model_fields[str(info.field_name)].annotation,
-        )
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        kinds = get_args(annotation) or (annotation,)
         if isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):
             raise PydanticCustomError("int_bool", "a number")
         return value

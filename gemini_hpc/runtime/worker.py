@@ -205,8 +205,6 @@ class Worker:
             self._drills.arm(step, join.rank, self._built.engine)
             strict = self._run.protect.strict
             wait = step == total or strict
-            # cast while the update is still to be done, which hides its time: a snapshot of the last one that is
-            # safe by then will do for this one to be taken
             votes: list[Callable[[], bool]] = []
             loss = train_step(
                 self._built.engine,
@@ -253,8 +251,9 @@ class Worker:
     def _vote(self, wait: bool) -> Callable[[], bool]:
         """Begin to find out whether all ranks can take a snapshot (all ranks).
 
-        It is of use when the one before it is safe everywhere. Where replication is slower than training that is not
-        so in every step, and then snapshots get rarer; all ranks must leave out the same ones, so they vote.
+        Called before the update, which hides the time it takes. A snapshot is of use when the one before it is safe
+        everywhere. Where replication is slower than training that is not so in every step, and then snapshots get
+        rarer; all ranks must leave out the same ones, so they vote.
         """
         assert self._arena is not None
         return self._world.vote(wait or self._is_safe(self._arena))
