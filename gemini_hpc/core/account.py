@@ -86,6 +86,8 @@ class Account:
 
     def informs(self, lead: Lead) -> bool:
         """Whether this coordinator is to have our inventory now; from then on it understands what else we say."""
+        if lead.term < self._informed[1]:
+            return False  # overtaken on its way by one of a later term
         new = self._informed != (lead.leader, lead.term)
         self._informed = (lead.leader, lead.term)
         return new or not lead.reported

@@ -83,3 +83,9 @@ def test_what_ends_an_old_generation_is_never_stale() -> None:
     assert not account.is_stale(m.Abort("n0", 1))
     assert not account.is_stale(join(2 * NUMBERS_OF_A_TERM + 1))
     assert account.role_of(m.Abort("n0", 1)) == "worker"
+
+
+def test_a_lead_that_was_overtaken_changes_nothing() -> None:
+    account = account_in_term(4)
+    assert not account.informs(m.Lead("n0", "n1", 1, 0.0, False))
+    assert account.is_stale(m.Safe("n0", 4, 1))

@@ -96,6 +96,8 @@ class Invariants:
 
     def _note_safe(self, cluster: Cluster, at_step: int) -> None:
         """I3: it is verified on all holders, says the coordinator. Hold it to that, and remember what that step is."""
+        if cluster.phase is not Phase.RUNNING or cluster.safe_step != at_step:
+            return  # given up in the same breath
         for rank, keepers in enumerate(holders(cluster.rules.world_size, cluster.rules.replicas)):
             for keeper in keepers:
                 node = self._sim.nodes[cluster.ranks[keeper]]
