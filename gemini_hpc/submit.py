@@ -142,12 +142,12 @@ def _resume(run_dir: Path, options: argparse.Namespace) -> tuple[Path, RunConfig
             f"watch it: python -m gemini_hpc.status {shlex.quote(str(run_dir))}"
         )
     try:
-        newest = manifest.newest(run_dir)
-        damaged = manifest.published(run_dir) if newest is None else []
-        rejected = manifest.survey(run_dir)[1] if damaged else []
+        valid, rejected = manifest.survey(run_dir)
+        published = manifest.published(run_dir)
     except manifest.PersistError as error:
         raise UserError(f"{error}; make it readable, or start a new run") from error
-    if damaged:  # rather than quietly from the beginning, over what may still be saved
+    newest = valid[0] if valid else None
+    if published and not newest:  # rather than quietly from the beginning, over what may still be saved
         raise UserError(f"no checkpoint of {run_dir} can be used ({rejected[0]}); repair one, or start a new run")
     if fingerprint(before) != fingerprint(config) or (newest and newest.fingerprint != fingerprint(config)):
         raise UserError(
