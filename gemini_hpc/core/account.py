@@ -27,8 +27,9 @@ from gemini_hpc.core.messages import (
 from gemini_hpc.core.state import term_of
 from gemini_hpc.core.types import FRESH
 
-_OF_A_TERM = (Join, Safe, Pull, Load, RestartWorker, Retire)
-"""The others name what they are about, and do no harm when it is no more."""
+_OF_A_GENERATION = (Join, Safe, Pull, Load)
+_FOR_A_GENERATION = (RestartWorker, Retire)
+"""The orders that an overtaken copy of would do harm. The others name what they are about, and it is no more."""
 
 
 class Account:
@@ -40,6 +41,7 @@ class Account:
         self.reason = ""  # why it was lost
         self.generation = 0  # that it was last told to join, as `rank`
         self.rank = -1
+        self.fence = 0  # the newest generation of which there was an order
         self.built_rank = -1
         self.store = ""
         self.snapshot_bytes = 0  # > 0: the arena exists
@@ -64,11 +66,19 @@ class Account:
             self.host = message
 
     def is_stale(self, order: Command) -> bool:
-        """Whether an order was given in an earlier term of the same coordinator, and was on its way for long."""
-        return isinstance(order, _OF_A_TERM) and term_of(order.generation) != self._informed[1]
+        """Whether an order was on its way for so long that it has been overtaken by a later term or generation."""
+        if not isinstance(order, _OF_A_GENERATION + _FOR_A_GENERATION):
+            return False
+        if term_of(order.generation) != self._informed[1]:
+            return True
+        if isinstance(order, _FOR_A_GENERATION):
+            return order.generation <= self.generation  # which it was to precede
+        return order.generation < self.fence
 
     def role_of(self, order: Command) -> str:
         """Take note of an order; return the process that carries it out: worker, host or archiver; "" = none."""
+        if isinstance(order, _OF_A_GENERATION):
+            self.fence = max(self.fence, order.generation)
         if isinstance(order, Safe):
             if order.generation == self.generation:
                 self.safe_step = order.step

@@ -20,7 +20,7 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import mpi4py
@@ -164,50 +164,57 @@ class Host:
         """Compute the checksum of a half of the own area and mark it SEALED; a sealed one is only reported."""
         record = self.arena.record(OWN, half)
         if record.state is State.WRITTEN:
-            payload = self.arena.payload(OWN, half)[: record.nbytes]
-            digest = xxhash.xxh3_64()
-            for start in range(0, record.nbytes, PIECE_BYTES):
-                digest.update(payload[start : start + PIECE_BYTES])
-                yield True
+            checksum = yield from self._checksum(OWN, half, record.nbytes)
             if self.arena.record(OWN, half) != record:
                 return  # overwritten meanwhile; the worker will say so
-            record = record._replace(state=State.SEALED, checksum=digest.intdigest())
+            record = record._replace(state=State.SEALED, checksum=checksum)
             self.arena.write_record(OWN, half, record)
         if record.state is State.SEALED:
             at = (record.generation, record.rank, record.step)
             self.agent.send(Sealed(self.node, *at, half, record.nbytes, record.checksum))
 
+    def _checksum(self, area: int, half: int, nbytes: int) -> Generator[bool, None, int]:
+        payload = self.arena.payload(area, half)[:nbytes]
+        digest = xxhash.xxh3_64()
+        for start in range(0, nbytes, PIECE_BYTES):
+            digest.update(payload[start : start + PIECE_BYTES])
+            yield True
+        return digest.intdigest()
+
     def _pull(self, order: Pull, ordered: float) -> Job:
-        """Pull one snapshot into a half of the own arena, verify it, and leave the half SEALED or else FREE."""
+        """Pull one snapshot into a half of the own arena, verify it, and leave the half SEALED or else FREE.
+
+        What lies there already, intact, is not touched: the order may have come twice, and others count on it.
+        """
         area, half, nbytes = order.area, order.half, order.nbytes
-        record = Record(State.WRITING, order.rank, order.step, order.origin, nbytes)
-        self.arena.write_record(area, half, record)
+        wanted = Record(State.SEALED, order.rank, order.step, order.origin, nbytes, order.checksum)
         reason = ""
-        try:
-            if nbytes > self.arena.geometry.snapshot_bytes:
-                raise PullFailed(f"{nbytes} bytes do not fit into {self.arena.geometry.snapshot_bytes}")
-            digest = xxhash.xxh3_64()
-            yield from self._read(order, ordered + order.deadline_s, digest)
-            if digest.intdigest() != order.checksum:
-                raise PullFailed("checksum")
-            record = record._replace(state=State.SEALED, checksum=order.checksum)
-        except GeminiError as failure:
-            reason = str(failure)
-        except MPI.Exception as failure:
-            reason = failure.Get_error_string().splitlines()[-1].strip()
-        self.arena.write_record(area, half, Record() if reason else record)
+        if self.arena.record(area, half) != wanted or (yield from self._checksum(area, half, nbytes)) != order.checksum:
+            self.arena.write_record(area, half, wanted._replace(state=State.WRITING, checksum=0))
+            try:
+                yield from self._read(order, ordered + order.deadline_s)
+            except GeminiError as failure:
+                reason = str(failure)
+            except MPI.Exception as failure:
+                reason = failure.Get_error_string().splitlines()[-1].strip()
+            self.arena.write_record(area, half, Record() if reason else wanted)
         at = (order.generation, order.rank, order.step, order.source, area, half, nbytes, order.checksum)
         self.agent.send(Copied(self.node, *at, not reason, reason, time.monotonic() - ordered))
         if len(self.reads) > ABANDONED_READS_MAX:
             raise PullFailed(f"{len(self.reads)} reads abandoned")
 
-    def _read(self, order: Pull, deadline: float, digest: xxhash.xxh3_64) -> Job:
+    def _read(self, order: Pull, deadline: float) -> Job:
         """Read the source half, one outstanding read at a time, and store what arrived while the next one travels.
+
+        Raise PullFailed when what arrived is not what was ordered.
 
         The bytes land in a buffer of their own first: an abandoned read may still complete later, and must not
         write into a half that holds something else by then.
         """
         geometry = self.arena.geometry  # the arenas of a run are all alike
+        if order.nbytes > geometry.snapshot_bytes:
+            raise PullFailed(f"{order.nbytes} bytes do not fit into {geometry.snapshot_bytes}")
+        digest = xxhash.xxh3_64()
         source = geometry.payload_offset(order.source_area, order.source_half)
         payload = self.arena.payload(order.area, order.half)[: order.nbytes]
         stored: Job = iter(())
@@ -225,6 +232,8 @@ class Host:
             self.reads.pop()
             stored = self._store(place, buffer, digest)
         yield from stored
+        if digest.intdigest() != order.checksum:
+            raise PullFailed("checksum")
 
     def _check(self, target: int, deadline: float) -> None:
         if target in self.gone:

@@ -5,10 +5,12 @@ import pytest
 from gemini_hpc.core import messages as m
 from gemini_hpc.core.account import Account
 from gemini_hpc.core.state import NUMBERS_OF_A_TERM
-from gemini_hpc.core.types import FRESH
+from gemini_hpc.core.types import FRESH, changed
 
 SECOND = NUMBERS_OF_A_TERM + 1
 """The first generation of the second term."""
+
+PULL = m.Pull("n0", 1, 1, 0, 5, "n1", 3, 1, 0, 0, 1, 0, 10, 1, 1.0)
 
 
 def account_in_term(term: int) -> Account:
@@ -47,13 +49,12 @@ def test_a_window_host_counts_while_it_is_connected() -> None:
     account.host_world = 3
     account.hear(m.HostReady("n0", 3, ("n0", "n1")))
     assert account.inventory([]).host
-    pull = m.Pull("n0", 1, 1, 0, 5, "n1", 3, 1, 0, 0, 1, 0, 10, 1, 1.0)
-    assert account.role_of(pull) == "host"
+    assert account.role_of(PULL) == "host"
     assert account.role_of(m.Gone("n0", 2, (1,))) == ""  # of a world that is no more
     account.host_world = 0
     told = account.inventory([])
     assert (told.host, told.world, told.members) == (False, 3, ("n0", "n1"))
-    assert account.role_of(pull) == ""
+    assert account.role_of(PULL) == ""
 
 
 def test_what_is_safe_is_of_this_generation_and_nothing_is_when_the_next_begins() -> None:
@@ -76,6 +77,26 @@ def test_what_is_safe_is_of_this_generation_and_nothing_is_when_the_next_begins(
 def test_orders_of_an_earlier_term_are_stale(order: m.Command) -> None:
     assert not account_in_term(1).is_stale(order)
     assert account_in_term(2).is_stale(order)
+
+
+@pytest.mark.parametrize("order", [join(1), PULL, m.Safe("n0", 1, 9), m.Load("n0", 1, 0, 5, 0, 0, "x", 1)])
+@pytest.mark.parametrize("newer", [join(2), changed(PULL, generation=2), m.Safe("n0", 2, 1)])
+def test_orders_of_an_older_generation_are_stale(order: m.Command, newer: m.Command) -> None:
+    account = account_in_term(1)
+    account.role_of(order)
+    assert not account.is_stale(order)
+    account.role_of(newer)
+    assert account.is_stale(order)
+
+
+@pytest.mark.parametrize("order", [m.RestartWorker("n0", 2), m.Retire("n0", 2)])
+def test_what_was_ordered_before_a_generation_is_stale_in_it(order: m.Command) -> None:
+    account = account_in_term(1)
+    account.role_of(join(1))
+    account.role_of(m.Safe("n0", 1, 9))
+    assert not account.is_stale(order)
+    account.role_of(join(2))
+    assert account.is_stale(order)
 
 
 def test_what_ends_an_old_generation_is_never_stale() -> None:

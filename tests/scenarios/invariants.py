@@ -5,8 +5,10 @@ I3  No plan goes behind a safe step while every rank's snapshot of it lies intac
     counts as living, and its bytes can be read; and a step is called safe only when it lies with every holder. (So
     losses of fewer than m nodes of each group, once the coordinator noted a step to be safe, never reach the
     persistent tier.)
-I4  In a generation the orders of one coordinator in one term are obeyed, and at any time one node at most may act.
-I5  A run that stops has saved what was safe. What else I5 and I6 ask of a run's end is in `schedules`.
+I4  In a generation the orders of one coordinator in one term are obeyed, no node goes back to the orders of an older
+    one, and at any time one node at most may act.
+I5  A run that stops has saved what was safe; one that has finished has published its last step, or says that it could
+    not; one that fails over a damaged checkpoint has none that is whole. What else I5 and I6 ask is in `schedules`.
 """
 
 from typing import TYPE_CHECKING
@@ -29,6 +31,7 @@ class Invariants:
     def __init__(self, sim: "Simulation") -> None:
         self._sim = sim
         self._obeyed: dict[int, tuple[str, int]] = {}  # generation -> whose orders were obeyed in it
+        self._reached: dict[tuple[str, int], int] = {}  # (node, life) -> the newest generation that it obeyed
         self.windows_work = True
         self._safe: dict[int, dict[int, int]] = {}  # step -> rank -> checksum, of the newest safe step
 
@@ -53,11 +56,18 @@ class Invariants:
                 raise Broken(f"I4: {acting} may act at once")
 
     def obeyed(self, node: "Node", order: m.Command) -> None:
-        """I4: an order is obeyed; in its generation nobody else's are."""
-        if isinstance(order, (m.Join, m.Pull, m.Load, m.Safe)):
-            by = (node.seat.election.leader, node.seat.election.term)
-            if self._obeyed.setdefault(order.generation, by) != by:
-                raise Broken(f"I4: {node.name} obeys {by} in generation {order.generation}, which is another's")
+        """I4: an order is obeyed; in its generation nobody else's are, and afterwards none of an older one."""
+        if not isinstance(order, (m.Join, m.Pull, m.Load, m.Safe, m.RestartWorker, m.Retire)):
+            return
+        by = (node.seat.election.leader, node.seat.election.term)
+        if self._obeyed.setdefault(order.generation, by) != by:
+            raise Broken(f"I4: {node.name} obeys {by} in generation {order.generation}, which is another's")
+        if isinstance(order, (m.RestartWorker, m.Retire)):
+            return  # they announce a generation that may never be opened
+        life = (node.name, node.life)
+        if order.generation < self._reached.get(life, 0):
+            raise Broken(f"I4: {node.name} obeys {order} after orders of generation {self._reached[life]}")
+        self._reached[life] = order.generation
 
     def decision(self, node: "Node", before: Cluster | None, after: Cluster, orders: list[m.Command]) -> None:
         """Look at what a coordinator has just decided."""
@@ -147,3 +157,9 @@ class Invariants:
             raise Broken(f"it ended as {sim.outcome!r}: {sim.reason!r}")
         if sim.outcome == "finished" and max(sim.most_trained, *sim.manifests, 0) < sim.rules.total_steps:
             raise Broken(f"finished, and yet only {sim.most_trained} steps were done")
+        if sim.outcome == "finished" and "could not" not in sim.reason and sim.rules.total_steps not in sim.manifests:
+            raise Broken(f"I5: {sim.reason}, and yet the newest checkpoint is of step {max(sim.manifests, default=0)}")
+        if sim.outcome == "failed" and "damaged" in sim.reason:
+            for at_step, ranks in sim.manifests.items():
+                if all(sim.files[at_step, rank, entry[2]].intact for rank, entry in ranks.items()):
+                    raise Broken(f"I5: {sim.reason}, and yet the checkpoint of step {at_step} is whole")

@@ -87,6 +87,11 @@ class Host:
 
     def _begin(self) -> None:
         order, sim = self.queue[0], self.node.sim
+        held = self.node.arena.get((order.area, order.half))
+        wanted = (order.rank, order.step, order.origin, order.checksum)
+        if held and held.intact and (held.rank, held.step, held.origin, held.checksum) == wanted:
+            self._answer("")
+            return
         source = sim.nodes[self.members[order.target]]
         self.node.arena[order.area, order.half] = Content(order.rank, order.step, 0, order.origin, "writing")
         stalled = source.host is None or source.host.hung or (source.name, self.node.name) in sim.network.cuts
@@ -115,8 +120,10 @@ class Host:
         else:
             assert seen is not None
             self.node.arena[order.area, order.half] = changed(seen, origin=order.origin, checksum=order.checksum)
-        self.queue.pop(0)
-        self.node.from_child(copied(order, reason))
+        self._answer(reason)
+
+    def _answer(self, reason: str) -> None:
+        self.node.from_child(copied(self.queue.pop(0), reason))
         if self.queue:
             self._begin()
 

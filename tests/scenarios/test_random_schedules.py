@@ -116,6 +116,39 @@ FOUND = {
         pull_s=0.02,
         return_s=2.0,
     ),
+    "a Pull that came twice was carried out twice, and the window host was lost in the middle of the second": Schedule(
+        "disorder",
+        (3, 3, 2),
+        (
+            Fault(0.6834, "cut_off", "n5", 0.188, "breaks"),
+            Fault(0.758, "cut_off", "n2", 0.4142, "out"),
+            Fault(0.7594, "kill_node", "n4", 1.2622),
+        ),
+        seed=53087,
+        steps=5,
+        persist_every=100,
+        step_s=0.03,
+        persist_s=0.6,
+        pull_s=0.02,
+        disorder=0.1,
+    ),
+    "a Pull of an older generation came late and took the place of a newer replica": Schedule(
+        "disorder",
+        (3, 3, 2),
+        (
+            Fault(1.1319, "cut_off", "n1", 23.8501, "out"),
+            Fault(1.14, "kill_node", "n2", 3.4801),
+            Fault(1.1491, "kill_node", "n4", 0.3466),
+        ),
+        seed=69523,
+        steps=5,
+        persist_every=2,
+        step_s=0.2,
+        persist_s=0.02,
+        pull_s=0.02,
+        disorder=0.01,
+        delay_s=0.02,
+    ),
 }
 """What seeds have found, by what went wrong; most have a test of their own as well, for delays change with the code."""
 

@@ -58,6 +58,24 @@ def test_a_flipped_byte_at_the_source_is_found(arenas: Arenas, start: Start) -> 
     assert world.arenas[1].record(1, 0) == Record()
 
 
+def test_a_pull_that_is_ordered_twice_does_not_touch_what_it_brought(arenas: Arenas, start: Start) -> None:
+    world = start(arenas(2)).ready()
+    sealed = world.publish(0, SIZE)
+    assert world.pull_now(1, 0)["ok"]
+    world.stop(0)  # nothing can be read any more
+    assert world.pull_now(1, 0)["ok"]
+    assert world.holds(1, sealed)
+
+
+def test_a_damaged_half_is_pulled_anew(arenas: Arenas, start: Start) -> None:
+    world = start(arenas(2)).ready()
+    sealed = world.publish(0, SIZE)
+    assert world.pull_now(1, 0)["ok"]
+    world.arenas[1].payload(1, 0)[SIZE - 1] ^= 1
+    assert world.pull_now(1, 0)["ok"]
+    assert world.holds(1, sealed)
+
+
 def test_a_partner_killed_in_mid_pull_costs_only_that_pull(arenas: Arenas, start: Start) -> None:
     world = start(arenas(3)).ready()
     world.publish(0, SIZE)
