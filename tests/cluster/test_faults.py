@@ -354,6 +354,28 @@ def test_connections_break_and_are_made_anew(tmp_path: Path, matrix: Matrix, ref
 
 
 @pytest.mark.long
+def test_a_worker_then_its_node_are_killed_amid_replication(
+    tmp_path: Path, matrix: Matrix, references: References
+) -> None:
+    """While its partner reads the newest snapshot: the older one is safe, and nothing is read of the torn one."""
+    with start(tmp_path) as run:
+        run.wait_for_training(step=4)
+        stopped = stop_amid_pull(run, "node1", "node2")
+        faults.kill_worker(run.paths, "node1")
+        os.kill(stopped, signal.SIGCONT)
+        run.wait_for("first_step", generation=run.generation(2))
+        stop_amid_pull(run, "node1", "node2")
+        faults.kill_node(run.paths, "node1")
+        run.wait_for_end()
+        assert_identical(run, references(3, STEPS))
+        worker, node = recovered(run)
+        assert (worker.targets, worker.rung, worker.tier) == (("node1",), "restart", "local")
+        assert (node.targets, node.rung, node.tier) == (("node1",), "hot_swap", "peer")
+        for item, fault in ((worker, "worker"), (node, "node")):
+            matrix.enter_recovery(f"{fault} SIGKILL amid the replication of its snapshot", item)
+
+
+@pytest.mark.long
 def test_two_nodes_of_different_groups(tmp_path: Path, matrix: Matrix, references: References) -> None:
     with start(tmp_path, nodes=4, spares=2) as run:
         run.wait_for_training(step=4)
