@@ -7,7 +7,6 @@ events, never for a time; what it did is proven to have happened before anything
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,9 +30,6 @@ AGENT = "gemini_hpc.runtime.agent"
 
 FAIR_STEPS = 200
 LONG_STEPS = 400
-
-STEADY_S = 0.1
-"""A pull that has not ended after this time, at these sizes, is stuck: its source is stopped."""
 
 
 def recovered(run: Run) -> list[Recovery]:
@@ -59,24 +55,21 @@ def host_stopped(run: Run, node: str) -> Iterator[int]:
 
 def stop_amid_pull(run: Run, source: str, holder: str) -> int:
     """Stop the window host of `source` while that of `holder` reads from it; return the stopped process."""
-    arena = Arena.open(run.paths.arena(holder))
-    (pid,) = until(lambda: run.pids(HOST, source), f"window host of {source}", EVENT_S)
+    arenas = [Arena.open(run.paths.arena(node)) for node in (source, holder)]
+    read_from, reader = (
+        until(lambda n=node: run.pids(HOST, n), f"a window host of {node}", EVENT_S)[0] for node in (source, holder)
+    )
 
-    def pulling() -> list[int]:
-        return [half for half in (0, 1) if arena.record(1, half).state is State.WRITING]
+    def steps(arena: Arena, area: int, *states: State) -> set[int]:
+        records = [arena.record(area, half) for half in (0, 1)]
+        return {record.step for record in records if record.state in states}
 
-    def caught() -> bool:
-        os.kill(pid, signal.SIGSTOP)
-        deadline = time.monotonic() + STEADY_S
-        while pulling():
-            if time.monotonic() > deadline:
-                return True
-            time.sleep(0.001)
-        os.kill(pid, signal.SIGCONT)
-        return False
-
-    until(caught, f"a pull of {holder} from {source}", EVENT_S)
-    return pid
+    os.kill(reader, signal.SIGSTOP)
+    until(lambda: steps(arenas[0], OWN, State.SEALED) - steps(arenas[1], 1, State.SEALED), "a seal", EVENT_S)
+    os.kill(read_from, signal.SIGSTOP)
+    os.kill(reader, signal.SIGCONT)
+    until(lambda: steps(arenas[1], 1, State.WRITING), f"a pull of {holder} from {source}", EVENT_S)
+    return read_from
 
 
 def stop_with_all_sealed(run: Run, *nodes: str) -> None:
