@@ -27,12 +27,16 @@ def die_with_parent(parent: int) -> None:
 
 
 def marked(name: str, value: str) -> list[int]:
-    """Return the processes of this user whose environment has `name`=`value`, this one excluded."""
+    """Return the processes of this user whose environment has `name`=`value`, this one excluded.
+
+    Those of another mount namespace (a container, a Slurm job with a /dev/shm of its own) are not ours to judge: the
+    lock of their run, and its files, lie where we cannot see them.
+    """
     return [pid for pid, found in _environments(name) if found == value]
 
 
 def _environments(name: str) -> Iterator[tuple[int, str]]:
-    key = f"{name}=".encode()
+    key, here = f"{name}=".encode(), os.stat("/proc/self/ns/mnt").st_ino
     for entry in os.listdir("/proc"):
         if not entry.isdigit() or int(entry) == os.getpid():
             continue
@@ -40,6 +44,8 @@ def _environments(name: str) -> Iterator[tuple[int, str]]:
             if os.stat(f"/proc/{entry}").st_uid != os.getuid():
                 continue  # root could read it, but other users' runs are their own
             environment = Path("/proc", entry, "environ").read_bytes().split(b"\0")
+            if os.stat(f"/proc/{entry}/ns/mnt").st_ino != here:
+                continue
         except OSError:
             continue  # gone meanwhile, or somebody else's
         for item in environment:

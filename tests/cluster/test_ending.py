@@ -2,11 +2,12 @@
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from gemini_hpc.runtime.processes import sweep
+from gemini_hpc.runtime.processes import RUN_MARK, sweep
 from tests.cluster.runs import GONE_S, SHM, Run, call, drills, until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
@@ -60,6 +61,23 @@ def test_the_next_start_sweeps_what_a_killed_supervisor_left(tmp_path: Path) -> 
         assert call("status", str(run.run_dir)).returncode == 0
         assert run.paths.run_id in sweep(SHM)
         run.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "another /dev/shm"])
+def test_a_sweep_leaves_alone_whose_lock_it_cannot_see(elsewhere: bool) -> None:
+    """A container, or a Slurm job with a /dev/shm of its own: its run may well live."""
+    apart = ["unshare", *(["--user", "--map-current-user"] if os.geteuid() else []), "--mount"] if elsewhere else []
+    if elsewhere and subprocess.run([*apart, "true"], capture_output=True).returncode:
+        pytest.skip("this user may not make a mount namespace")
+    run = "0" * 9 + ("1" if elsewhere else "0")
+    process = subprocess.Popen([*apart, "sleep", "100"], env={**os.environ, RUN_MARK: run})
+    try:
+        until(lambda: Path(f"/proc/{process.pid}/comm").read_text() == "sleep\n", "the process", GONE_S)
+        assert (run in sweep(SHM)) is not elsewhere
+        assert (process.poll() is None) is elsewhere
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_two_runs_side_by_side(tmp_path: Path) -> None:
