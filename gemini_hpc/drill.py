@@ -7,7 +7,7 @@ from shlex import quote
 from gemini_hpc.cli import Parser, run_command
 from gemini_hpc.errors import UserError
 from gemini_hpc.runtime import faults
-from gemini_hpc.runtime.cluster import virtual_nodes
+from gemini_hpc.runtime.cluster import nodes_of
 from gemini_hpc.runtime.paths import RunPaths, open_run
 from gemini_hpc.runtime.processes import is_held
 
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
         _require_living(paths)
         print(f"{faults.loop(paths, options.mtbf, options.seed)} failures; the run is over")
         return 0
-    nodes = virtual_nodes(run)
+    nodes = nodes_of(run)
     if options.node is None:
         raise UserError(f"{options.action} needs a node: {', '.join(nodes)}")
     if options.node not in nodes:

@@ -11,7 +11,7 @@ from gemini_hpc.runtime.status_file import read_status
 from gemini_hpc.telemetry import read_events
 
 RENEW_S = 0.3
-FINAL = ("finished", "stopped", "failed")
+FINAL = ("finished", "suspended", "stopped", "failed")
 """States in which nothing more comes."""
 
 PLAIN_RENEW_S = 10.0

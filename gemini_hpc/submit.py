@@ -208,7 +208,7 @@ def _environment() -> dict[str, object]:
 def _submit(run_dir: Path, config: RunConfig, needs: capacity.Needs | None, wait: bool) -> int:
     from gemini_hpc.slurm.submission import submit_job  # submitit takes a moment to import
 
-    if wait:
+    if wait and config.site.kind == "local":
         os.environ[ATTACHED] = str(os.getpid())
     shown = shlex.quote(str(run_dir))
     print(f"run      {run_dir}")

@@ -41,10 +41,12 @@ def save(turn: Turn) -> None:
     cluster = turn.cluster
     if cluster.persisting == FRESH:
         newest = cluster.published
-        turn.finish("stopped", f"{cluster.stopping}; the newest checkpoint is {newest.step if newest else 'none'}")
+        turn.finish(
+            cluster.stops_as, f"{cluster.stopping}; the newest checkpoint is {newest.step if newest else 'none'}"
+        )
         return
     if turn.in_phase_for() > cluster.rules.finish_s:
-        turn.finish("stopped", f"{cluster.stopping}; step {cluster.persisting} could not be saved in time")
+        turn.finish(cluster.stops_as, f"{cluster.stopping}; step {cluster.persisting} could not be saved in time")
         return
     again = turn.now - cluster.asked > AGAIN_S
     if len(cluster.files) == cluster.rules.world_size:
@@ -58,7 +60,9 @@ def save(turn: Turn) -> None:
             continue
         places = cluster.copies.get((rank, cluster.persisting), {})
         if not places:
-            turn.finish("stopped", f"{cluster.stopping}; rank {rank} of step {cluster.persisting} could not be saved")
+            turn.finish(
+                cluster.stops_as, f"{cluster.stopping}; rank {rank} of step {cluster.persisting} could not be saved"
+            )
             return
         asked_so_far = list(turn.cluster.savers.values())
         # so that many write at once; who was asked before is asked again

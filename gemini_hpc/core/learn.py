@@ -24,6 +24,7 @@ from gemini_hpc.core.messages import (
     Sealed,
     Stepped,
     Surveyed,
+    Suspend,
     Tick,
     Trouble,
     WorkerLost,
@@ -87,6 +88,10 @@ def _on_tick(turn: Turn, _: Tick) -> None:
 
 def _on_world_failed(turn: Turn, event: WorldFailed) -> None:
     turn.world_lost(event.world, event.reason)
+
+
+def _on_suspend(turn: Turn, event: Suspend) -> None:
+    turn.save_and_stop(event.reason, "suspended")
 
 
 def _on_node_up(turn: Turn, event: NodeUp) -> None:
@@ -320,6 +325,9 @@ def _on_host_ready(turn: Turn, event: HostReady) -> None:
     world = turn.cluster.world
     if event.world != world.number or world.state not in ("starting", "ready"):
         return
+    if set(event.members) == set(world.members):  # the order is the launcher's
+        turn.set(world=changed(world, members=event.members))
+        world = turn.cluster.world
     turn.set_member(event.node, host_world=event.world)
     if world.state == "ready":
         return
@@ -380,6 +388,7 @@ _OF_THE_CLUSTER: Handlers = {
     WorldFailed: _on_world_failed,
     Surveyed: _on_surveyed,
     NodeUp: _on_node_up,
+    Suspend: _on_suspend,
 }
 _EVIDENCE: Handlers = {
     NodeExited: _on_node_exited,

@@ -237,6 +237,16 @@ class Surveyed(Event):
 
 
 @dataclass(frozen=True)
+class Suspend(Event):
+    """The cluster is about to take the nodes away (time limit, preemption): save the run and end it; `node` is empty.
+
+    Said again and again, for the coordinator may change.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Tick(Event):
     """Time has passed; `node` is empty."""
 
@@ -413,7 +423,11 @@ class Retire(Command):
 
 @dataclass(frozen=True)
 class Finish(Command):
-    """The run is over (to every agent, and to the cluster with node "")."""
+    """The run is over (to every agent, and to the cluster with node "").
+
+    `state`: finished; suspended: it goes on by itself wherever there are nodes for it; stopped, or failed: somebody has
+    to look into it first.
+    """
 
     state: str
     reason: str

@@ -89,7 +89,8 @@ def _form(turn: Turn) -> None:
     if plan is None and any(m.held is None for m in turn.alive):
         return  # somebody is on his way back, and is given up when he is due
     if plan is None:
-        turn.save_and_stop(f"no node is left for every rank (the last was lost because {cluster.last_loss})")
+        reason = f"no node is left for every rank (the last was lost because {cluster.last_loss})"
+        turn.save_and_stop(reason, "suspended")
         return
     generation = cluster.generation + 1
     turn.note(

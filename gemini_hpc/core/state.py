@@ -180,6 +180,7 @@ class Cluster:
     publisher: str = ""  # who was told to publish it
     last_loss: str = ""  # why the last node was evicted
     stopping: str = ""  # why the run cannot go on
+    stops_as: str = "stopped"  # or suspended: it can, on other nodes
     savers: Mapping[int, str] = field(default_factory=dict)  # out of nodes: rank -> who was asked to save it
     asked: float = -1.0  # when they last were: an order, or its answer, may be lost
     next_persist: int = 0

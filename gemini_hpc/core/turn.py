@@ -106,16 +106,20 @@ class Turn:
 
     def open_generation(self, reason: str) -> None:
         """Fence the old generation: its workers drop their collectives, its messages change nothing."""
-        cluster = self.cluster
-        if cluster.phase is Phase.SAVING:
+        if self.cluster.phase is Phase.SAVING:
             return
-        if cluster.phase is not Phase.FORMING:
-            for member in self.alive:
-                if member.worker is Worker.BUSY:
-                    self.order(Abort(member.node, cluster.generation))
-            self.note("abort", generation=cluster.generation, reason=reason)
+        self._abort(reason)
         self.set(plan=None, trouble_since=-1.0)
         self.enter(Phase.FORMING)
+
+    def _abort(self, reason: str) -> None:
+        cluster = self.cluster
+        if cluster.phase is Phase.FORMING:
+            return  # done already
+        for member in self.alive:
+            if member.worker is Worker.BUSY:
+                self.order(Abort(member.node, cluster.generation))
+        self.note("abort", generation=cluster.generation, reason=reason)
 
     def welcome(self, node: str) -> None:
         """A node that was lost is back: it has nothing, and is a spare. Its old self is not heard any more."""
@@ -197,14 +201,15 @@ class Turn:
             if node in places:
                 self.drop_copy(rank, at_step, node)
 
-    def save_and_stop(self, reason: str) -> None:
+    def save_and_stop(self, reason: str, stops_as: str = "stopped") -> None:
         """The run cannot go on: save the newest complete step first, so that nothing is lost."""
-        if self.cluster.phase is Phase.SAVING:
+        if self.cluster.phase in (Phase.SAVING, Phase.FINISHED):
             return  # for the reason that came first
+        self._abort(reason)
         newest, origin = newest_complete(self.cluster.copies, self.cluster.rules.world_size)
         wanted = newest > self.published_step()
         self.set(copies=of_one_history(self.cluster.copies, newest, origin))
-        self.set(persisting=newest if wanted else FRESH, files={}, savers={}, stopping=reason)
+        self.set(persisting=newest if wanted else FRESH, files={}, savers={}, stopping=reason, stops_as=stops_as)
         self.enter(Phase.SAVING)
 
     def publish(self, node: str) -> None:

@@ -32,15 +32,17 @@ from gemini_hpc.core.messages import (
     RestartWorker,
     Retire,
     Stepped,
+    Suspend,
     WorkerLost,
     WorkerReady,
     WorldFailed,
     Written,
 )
 from gemini_hpc.core.seat import Seat
+from gemini_hpc.runtime.allocation import Allocation, Embedded
 from gemini_hpc.runtime.archiving import Archiving
 from gemini_hpc.runtime.children import PARENT
-from gemini_hpc.runtime.cluster import CLUSTER, GROUP_ADDRESS, NODES, RETURNED, address_of
+from gemini_hpc.runtime.cluster import CLUSTER, NODES, RETURNED
 from gemini_hpc.runtime.coordinator import Coordinator, rules_of
 from gemini_hpc.runtime.household import Household, LineEnded, ProcessEnded
 from gemini_hpc.runtime.paths import RunPaths, open_run
@@ -49,14 +51,15 @@ from gemini_hpc.runtime.wire import Wire
 from gemini_hpc.telemetry import EventLog, EventThread
 
 TICK_MS = 20
-LEASE_TIMEOUTS = 10
-"""After this many heartbeat timeouts without a coordinator that has a majority, a node takes itself for evicted."""
-
 FLUSH_S = 2.0
 """How long the end may wait for the event log."""
 
 REPEAT_S = 1.0
 """How often the last step and the sealed snapshots are told again."""
+
+
+_signals: list[int] = []
+"""Those that came, and tell the agent to end."""
 
 
 class Agent:
@@ -67,8 +70,12 @@ class Agent:
         self._built_rank = min(nodes.index(node), run.cluster.nodes - 1)
         self._events = EventThread(EventLog(paths.run_dir, node))
         self._wire = Wire(paths.keys)
-        self._server = self._wire.listen(address_of(node, nodes))
-        self._cluster = self._wire.call(os.environ[CLUSTER], node)
+        supervisor = self._wire.call(os.environ[CLUSTER], node)
+        on_slurm = run.site.kind == "slurm"
+        self._cluster = (
+            Allocation(supervisor, paths, run, node, nodes) if on_slurm else Embedded(supervisor, node, nodes)
+        )
+        self._server = self._wire.listen(self._cluster.address)
         self._poller = zmq.Poller()
         self._household = Household(paths, node, self._poller)
         paths.arena(node).unlink(missing_ok=True)  # of this node's life before, if it had one
@@ -85,6 +92,7 @@ class Agent:
         self._last_words = ""  # why the worker is about to exit
         self._final = False  # and whether another would do no better
         self._over = False
+        self._end: Finish | None = None  # how the run ended, once it has
         returned = os.environ.get(RETURNED) == "1"
         self._seat = Seat(rules_of(run, nodes), node, run.recovery.heartbeat_s, self._started, returned)
         self._role = Coordinator(paths, run, self._seat, self._wire, self._cluster, self._events)
@@ -98,7 +106,7 @@ class Agent:
             self._poller.register(source, zmq.POLLIN)
         self._cluster.send(NodeUp(self._node, self._server.endpoint))
         self._start_worker()
-        while not self._over:
+        while not self._over and not self._is_cancelled():
             self._poller.poll(TICK_MS)
             self._read_cluster()
             self._read_orders()
@@ -111,16 +119,26 @@ class Agent:
 
     def _leave(self) -> None:
         self._household.end_all()
-        self._wire.close()
-        self._events.close(FLUSH_S)
         self._paths.socket(self._node).unlink(missing_ok=True)
         self._paths.arena(self._node).unlink(missing_ok=True)
+        if self._end is not None:
+            self._cluster.see_out(self._end, self._is_cancelled)
+        self._cluster.close()
+        self._wire.close()
+        self._events.close(FLUSH_S)
+
+    def _is_cancelled(self) -> bool:
+        if not _signals:
+            return False
+        _signals.clear()
+        return self._cluster.is_cancelled()
 
     def _watch_clock(self) -> None:
         now, rules = time.monotonic(), self._run.recovery
         led = self._account.coordinator
         alone_s = self._seat.forsaken(now) if led else now - self._started
-        if alone_s > (LEASE_TIMEOUTS * rules.heartbeat_timeout_s if led else rules.build_s):
+        self._cluster.ask(self._seat.election.leads or alone_s > rules.heartbeat_timeout_s)
+        if alone_s > (self._cluster.forsaken_timeouts * rules.heartbeat_timeout_s if led else rules.build_s):
             self._events.emit("run", state="stopped", reason=f"no majority has had a coordinator for {alone_s:.0f} s")
             self._over = True
         self._archiving.watch(now)
@@ -169,11 +187,11 @@ class Agent:
 
     def _read_cluster(self) -> None:
         while (message := self._cluster.receive()) is not None:
-            if isinstance(message, (NodeUp, NodeExited, WorldFailed)):
+            if isinstance(message, (NodeUp, NodeExited, WorldFailed, Suspend)):
                 self._role.hear(message)
             elif isinstance(message, Finish):
                 self._events.emit("run", state=message.state, reason=message.reason)
-                self._over = True
+                self._over, self._end = True, message
 
     def _read_orders(self) -> None:
         while (received := self._server.receive()) is not None:
@@ -201,7 +219,7 @@ class Agent:
             return
         if isinstance(order, Finish):
             self._cluster.send(Finish("", order.state, order.reason))  # the coordinator's own word may not arrive
-            self._over = True
+            self._over, self._end = True, order
         elif isinstance(order, Retire):
             self._over = True
         elif isinstance(order, RestartWorker):
@@ -229,7 +247,7 @@ class Agent:
             "worker",
             "gemini_hpc.runtime.worker",
             GEMINI_RANK=str(self._built_rank),
-            GEMINI_ADDRESS=GROUP_ADDRESS,
+            GEMINI_ADDRESS=self._cluster.group_address,
             GEMINI_RESTARTED=str(int(self._worker_starts > 1)),
             **({} if "GLIBC_TUNABLES" in os.environ else COPY_TUNING),
         )
@@ -343,9 +361,11 @@ class Agent:
 
 def main() -> None:
     run_dir, node = sys.argv[1:]
-    die_with_parent(int(os.environ[PARENT]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to handle
     paths, run = open_run(run_dir)
+    # in a step of Slurm the parent is Slurm's own, on this node
+    die_with_parent(int(os.environ[PARENT]) if run.site.kind == "local" else os.getppid())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to handle
+    signal.signal(signal.SIGTERM, lambda told, _frame: _signals.append(told))
     Agent(paths, run, node, tuple(os.environ[NODES].split(","))).serve()
 
 

@@ -27,14 +27,19 @@ DYING_WITH_US = [
 """A program started behind these words is killed when its starter dies (PR_SET_PDEATHSIG), as all children are."""
 
 
+def python(module: str, *arguments: str) -> list[str]:
+    """Return the command `python -m module arguments`, by this Python."""
+    return [sys.executable, "-u", "-m", module, *arguments]
+
+
 class Child:
     """A process that this one started and watches."""
 
-    def __init__(self, module: str, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-        """Start `python -m module arguments`; its output is appended to `log`."""
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        """Start `command` with `environment` added to this process's; its output is appended to `log`."""
         with open(log, "ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-u", "-m", module, *arguments],
+                command,
                 env={**os.environ, **environment, PARENT: str(os.getpid())},
                 stdin=subprocess.DEVNULL,
                 stdout=output,

@@ -1,6 +1,13 @@
-"""The nodes of a run: their names and their addresses."""
+"""The nodes of a run: their names and their addresses, on this machine and in an allocation of Slurm."""
+
+import os
+
+import psutil
 
 from gemini_hpc.config import RunConfig
+from gemini_hpc.errors import UserError
+from gemini_hpc.slurm.control import this_job
+from gemini_hpc.windows.launch import network_interface
 
 CLUSTER = "GEMINI_CLUSTER"
 """Environment variable: the endpoint of the supervisor, which stands for the cluster."""
@@ -12,17 +19,34 @@ NODES = "GEMINI_NODES"
 RETURNED = "GEMINI_RETURNED"
 """Environment variable: 1 for the agent of a node that was lost and is back."""
 
-GROUP_ADDRESS = "127.0.0.1"
-"""Where the workers of virtual nodes meet. Not at their nodes' addresses: c10d looks up the name of every peer it
-connects to, and a resolver that does not know 127.0.0.2 may take seconds to say so, in the middle of a recovery."""
+LOOPBACK = "127.0.0.1"
+"""Where the supervisor of virtual nodes listens, and where their workers meet: not at their nodes' addresses, whose
+names some resolvers look for in vain, for seconds, in the middle of a recovery."""
 
 
-def virtual_nodes(run: RunConfig) -> tuple[str, ...]:
-    """Name the virtual nodes of the embedded cluster, the spares last."""
-    return tuple(f"node{i}" for i in range(run.cluster.nodes + run.cluster.spares))
+def nodes_of(run: RunConfig) -> tuple[str, ...]:
+    """Name the nodes of a run, in order of preference; on Slurm those of the job that this process belongs to."""
+    wanted = run.cluster.nodes + run.cluster.spares
+    if run.site.kind == "local":
+        return tuple(f"node{i}" for i in range(wanted))
+    nodes = this_job(run.site.call_timeout_s).nodes(os.environ.get("SLURM_JOB_NODELIST", ""))
+    if len(nodes) < wanted:
+        raise UserError(f"the job has {len(nodes)} nodes, and the run needs {wanted}: submit it with --nodes={wanted}")
+    return nodes[:wanted]
 
 
 def address_of(node: str, nodes: tuple[str, ...]) -> str:
     """Return the address of a virtual node: every one has its own in 127.0.0.0/8, which needs no set-up."""
     place = nodes.index(node) + 2
     return f"127.0.{place // 250}.{place % 250}"
+
+
+def own_address(run: RunConfig) -> str:
+    """Return the address at which the other nodes of a Slurm job reach this one: that of `site.interface`."""
+    interface = run.site.interface or network_interface()
+    found = psutil.net_if_addrs().get(interface or "", [])
+    addresses = [entry.address for entry in found if entry.family.name == "AF_INET"]
+    if not addresses:
+        known = ", ".join(sorted(psutil.net_if_addrs()))
+        raise UserError(f"site.interface: no {interface} with an IPv4 address here; there are {known}")
+    return addresses[0]

@@ -9,7 +9,7 @@ import zmq
 from gemini_hpc.core.codec import Message
 from gemini_hpc.core.messages import Hello
 from gemini_hpc.runtime.channel import Channel, Listener
-from gemini_hpc.runtime.children import Child
+from gemini_hpc.runtime.children import Child, python
 from gemini_hpc.runtime.paths import RunPaths
 from gemini_hpc.runtime.processes import NODE_MARK, RUN_MARK, kill, state_of, wait_exit
 
@@ -52,7 +52,7 @@ class Household:
         self.end(role)
         marks = {RUN_MARK: self._paths.run_id, NODE_MARK: f"{self._paths.run_id}:{self._node}"}
         log = self._paths.logs / f"{role}-{self._node}.log"
-        child = Child(module, [str(self._paths.run_dir), self._node], {**marks, **environment}, log)
+        child = Child(python(module, str(self._paths.run_dir), self._node), {**marks, **environment}, log)
         self._children[role] = child
         self._poller.register(child.pidfd, zmq.POLLIN)
 

@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 
-from gemini_hpc.runtime.children import PARENT, Child
+from gemini_hpc.runtime.children import PARENT, Child, python
 from gemini_hpc.runtime.paths import RunPaths, open_run
 from gemini_hpc.runtime.processes import RUN_MARK, die_with_parent
 
@@ -44,8 +44,7 @@ def start(paths: RunPaths, world_size: int) -> list[Child]:
         (paths.reference / name).unlink(missing_ok=True)
     return [
         Child(
-            "gemini_hpc.runtime.reference",
-            [str(paths.run_dir)],
+            python("gemini_hpc.runtime.reference", str(paths.run_dir)),
             {RUN_MARK: paths.run_id, RANK: str(rank)},
             paths.logs / f"reference-{rank}.log",
         )

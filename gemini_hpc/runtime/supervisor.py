@@ -1,226 +1,106 @@
-"""The supervisor: what a job runs. Brings up the nodes' agents, launches MPI worlds when asked, and clears up.
+"""The supervisor: what a job runs. Brings up the nodes' agents, waits for the end of the run, and clears up.
 
-On the embedded cluster it is the cluster: virtual nodes are its child processes. It decides nothing about the
-training. Its lock says that the run lives; however it dies, the kernel kills its children, and whatever is left
-is swept by the next start on this machine.
+On this machine its lock says that the run lives; however it dies, the kernel kills its children, and whatever is left
+is swept by the next start. On Slurm it is the batch script's process, and the run outlives it (see `allocation`).
 """
 
 import os
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
-
-import zmq
 
 from gemini_hpc.config import RunConfig
-from gemini_hpc.core.codec import Message
-from gemini_hpc.core.messages import Finish, Lead, NodeExited, NodeUp, StartWorld, WorldFailed
+from gemini_hpc.core.messages import Finish
 from gemini_hpc.errors import GeminiError
-from gemini_hpc.runtime.children import ATTACHED, DYING_WITH_US, Child
+from gemini_hpc.persist import manifest
+from gemini_hpc.runtime.children import ATTACHED
 from gemini_hpc.runtime.closing import verify
-from gemini_hpc.runtime.cluster import CLUSTER, NODES, RETURNED, virtual_nodes
 from gemini_hpc.runtime.drills import missed
+from gemini_hpc.runtime.nodes import Nodes, SlurmNodes, VirtualNodes
 from gemini_hpc.runtime.paths import RunPaths, open_run
-from gemini_hpc.runtime.processes import NODE_MARK, RUN_MARK, RunLock, clear, sweep, wait_exit
+from gemini_hpc.runtime.processes import RunLock, clear, sweep, wait_exit
 from gemini_hpc.runtime.status_file import update_status
-from gemini_hpc.runtime.wire import Server, Wire, make_keys
-from gemini_hpc.telemetry import EventLog
-from gemini_hpc.windows.launch import HostSpec, mpi_leftovers, mpiexec_command
+from gemini_hpc.runtime.wire import make_keys
+from gemini_hpc.slurm.control import SlurmError, this_job
+from gemini_hpc.telemetry import EventLog, read_events
+from gemini_hpc.windows.launch import remove_mpi_leftovers
 
-POLL_MS = 100
-PATIENCE_S = 5.0
-"""How long agents may take to leave after the end of the run."""
+CLEAR_UP_S = 15.0
+"""Of the time before the limit: so much is kept for what comes after the last checkpoint."""
+
+FRUITLESS_STARTS = 3
+"""A job that was started so often from the same checkpoint is not put back into the queue."""
 
 
 class Interrupted(GeminiError):
     """The run was told to end: Ctrl-C, scancel, SIGTERM."""
 
 
-class Supervisor:
-    """The embedded cluster of one run."""
-
-    def __init__(self, paths: RunPaths, run: RunConfig) -> None:
-        self._paths, self._run = paths, run
-        self._nodes = virtual_nodes(run)
-        self._events = EventLog(paths.run_dir, "cluster")
-        self._wire = Wire(paths.keys)
-        self._server: Server = self._wire.listen("127.0.0.1")
-        self._poller = zmq.Poller()
-        self._poller.register(self._server.socket, zmq.POLLIN)
-        self._agents: dict[str, Child] = {}
-        self._up: dict[str, NodeUp] = {}
-        self._exited: dict[str, NodeExited] = {}
-        self._return_at: dict[str, float] = {}  # when a lost node comes back
-        self._voters = set(self._nodes)  # have never been lost
-        self._leader = ""
-        self._term = 0
-        self._world: subprocess.Popen[bytes] | None = None
-        self._world_number = 0
-
-    def serve(self) -> tuple[str, str]:
-        """Run the cluster until the run is over; return its outcome and the reason."""
-        for node in self._nodes:
-            self._start_agent(node)
-        while True:
-            self._poller.poll(POLL_MS)
-            check_wanted()
-            ended = self._ended_agents()  # before their last words are read
-            while (received := self._server.receive()) is not None:
-                sender, message = received
-                if isinstance(message, Finish) and sender in self._up:  # from the coordinator, or passed on by another
-                    return message.state, message.reason
-                self._handle(sender, message)
-            self._watch_world()
-            for node in ended:
-                self._lose(node)
-            for node in [node for node, due in self._return_at.items() if time.monotonic() >= due]:
-                del self._return_at[node]
-                self._start_agent(node, returned=True)
-            if not self._voters:  # nodes that came back cannot coordinate
-                return "failed", "no node of the start is left; go on from the newest checkpoint with --resume"
-
-    def dismiss(self, reason: str) -> None:
-        """Tell all agents to leave now: nobody waits for what they still do."""
-        self._tell_all(Finish("", "stopped", reason))
-        for node, child in self._agents.items():
-            if node not in self._up:  # it could not be told
-                child.end()
-
-    def close(self) -> None:
-        """End what still runs: agents get a moment to leave, the rest gets none."""
-        deadline = time.monotonic() + PATIENCE_S
-        for child in self._agents.values():
-            wait_exit(child.pidfd, max(0.0, deadline - time.monotonic()))
-            child.end()
-        self._end_world()
-        self._wire.close()
-
-    def _start_agent(self, node: str, returned: bool = False) -> None:
-        marks = {RUN_MARK: self._paths.run_id, NODE_MARK: f"{self._paths.run_id}:{node}"}
-        names = {CLUSTER: self._server.endpoint, NODES: ",".join(self._nodes), RETURNED: str(int(returned))}
-        arguments = [str(self._paths.run_dir), node]
-        log = self._paths.logs / f"agent-{node}.log"
-        child = Child("gemini_hpc.runtime.agent", arguments, {**marks, **names}, log)
-        self._agents[node] = child
-        self._poller.register(child.pidfd, zmq.POLLIN)
-
-    def _lose(self, node: str) -> None:
-        """Tell everybody that a node is gone. The kernel killed its other processes with its agent."""
-        self._up.pop(node, None)
-        self._voters.discard(node)
-        self._exited[node] = NodeExited(node, "its agent is gone")
-        self._tell_all(self._exited[node])
-        if self._run.cluster.return_s is not None:
-            self._return_at[node] = time.monotonic() + self._run.cluster.return_s
-
-    def _ended_agents(self) -> list[str]:
-        ended = [node for node, child in self._agents.items() if wait_exit(child.pidfd, 0.0)]
-        for node in ended:
-            child = self._agents.pop(node)
-            self._poller.unregister(child.pidfd)
-            child.reap()
-        return ended
-
-    def _handle(self, sender: str, message: Message) -> None:
-        if isinstance(message, NodeUp) and message.node == sender and sender in self._agents:
-            for known in (*self._exited.values(), *self._up.values()):
-                self._server.send(message.node, known)
-            self._exited.pop(message.node, None)
-            self._up[message.node] = message
-            self._tell_all(message)
-        elif isinstance(message, Lead) and message.term > self._term:
-            self._leader, self._term = sender, message.term
-        elif isinstance(message, StartWorld) and sender == self._leader and set(message.members) <= set(self._nodes):
-            self._start_world(message)
-
-    def _tell_all(self, message: Message) -> None:
-        for node in self._up:
-            self._server.send(node, message)
-
-    # --- the MPI world of the window hosts ----------------------------------------------------------
-
-    def _start_world(self, order: StartWorld) -> None:
-        self._end_world()
-        hosts = [HostSpec(n, self._paths.arena(n), self._paths.socket(n)) for n in order.members]
-        environment = {**os.environ, RUN_MARK: self._paths.run_id}
-        command, environment = mpiexec_command(
-            Path(sys.executable), self._paths.run_id, order.world, hosts, environment, self._run.site.interface
-        )
-        with open(self._paths.logs / "windows.log", "ab") as output:
-            self._world = subprocess.Popen(
-                [*DYING_WITH_US, *command],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-        self._world_number = order.world
-
-    def _watch_world(self) -> None:
-        if self._world is not None and self._world.poll() is not None:
-            code, self._world = self._world.returncode, None
-            self._tell_all(WorldFailed("", self._world_number, f"mpiexec ended with status {code}"))
-
-    def _end_world(self) -> None:
-        if self._world is not None:
-            self._world.kill()
-            self._world.wait()
-            self._world = None
-
-
 def supervise(paths: RunPaths, run: RunConfig) -> int:
     """Run one run from start to end; the exit status of the job."""
-    lock = RunLock(paths.lock)
-    sweep(paths.shm_dir)
-    _remove_mpi_leftovers()
-    if not lock.take():
-        print(
-            f"{paths.run_dir} is being run already; watch it with `python -m gemini_hpc.status`",
-            file=sys.stderr,
-        )
-        return 2
-    events = EventLog(paths.run_dir, "cluster")
-    events.emit("run", state="started", reason="")
+    lock = RunLock(paths.lock) if run.site.kind == "local" else None  # on Slurm every node has its own
+    if lock is not None:
+        sweep(paths.shm_dir)
+        remove_mpi_leftovers()
+        if not lock.take():
+            print(
+                f"{paths.run_dir} is being run already; watch it with `python -m gemini_hpc.status`",
+                file=sys.stderr,
+            )
+            return 2
     try:
-        outcome, reason = _train(paths, run)
-        if outcome == "finished":
-            outcome, reason = _close(paths, run, reason)
-    except Interrupted as interruption:
-        outcome, reason = "stopped", str(interruption)
+        _log_start(paths)
+        end = _train(paths, run)
     except (GeminiError, OSError) as error:
-        outcome, reason = "failed", str(error)
+        end = Finish("", "failed", str(error))
     finally:
-        clear(paths.shm_dir, paths.run_id)
-        _remove_mpi_leftovers()
-        lock.release()
-    events.emit("run", state=outcome, reason=reason)
-    update_status(paths, state=outcome, reason=reason, waiting_for=[])
-    return 0 if outcome == "finished" else 1
+        if lock is not None:
+            clear(paths.shm_dir, paths.run_id)
+            remove_mpi_leftovers()
+            lock.release()
+    return _conclude(paths, run, end)
 
 
-def _remove_mpi_leftovers() -> None:
-    for leftover in mpi_leftovers():
-        leftover.unlink(missing_ok=True)
-
-
-def _train(paths: RunPaths, run: RunConfig) -> tuple[str, str]:
+def _train(paths: RunPaths, run: RunConfig) -> Finish:
+    """Run the nodes until the run is over, and close it; on Slurm they stay until then: this one may die in between."""
     make_keys(paths.keys)
-    supervisor = Supervisor(paths, run)
+    on_slurm = run.site.kind == "slurm"
+    nodes: Nodes = (SlurmNodes if on_slurm else VirtualNodes)(paths, run)
     try:
-        return supervisor.serve()
+        end = _serve(nodes, run)
+        nodes.dismiss(end)
+        if not on_slurm:
+            nodes.close()
+            clear(paths.shm_dir, paths.run_id)
+        return _close(paths, run, end)
     except Interrupted as interruption:
-        supervisor.dismiss(str(interruption))
-        raise
+        end = Finish("", "stopped", str(interruption))
+        nodes.dismiss(end)
+        return end
     finally:
-        supervisor.close()
+        nodes.close()
 
 
-def _close(paths: RunPaths, run: RunConfig, reason: str) -> tuple[str, str]:
+def _serve(nodes: Nodes, run: RunConfig) -> Finish:
+    """Wait for the end of the run. Raises Interrupted when it is to end at once."""
+    deadline = float("inf")
+    while True:
+        if (end := nodes.turn()) is not None:
+            return end
+        if time.monotonic() > deadline:
+            return Finish("", "suspended", "the nodes were taken away before the newest step was saved")
+        if reason := _taken_away(run):
+            _signals.clear()
+            nodes.suspend(reason)
+            deadline = min(deadline, time.monotonic() + max(run.site.signal_delay_s - CLEAR_UP_S, CLEAR_UP_S))
+        check_wanted()
+
+
+def _close(paths: RunPaths, run: RunConfig, end: Finish) -> Finish:
     """Prove that no failure changed anything, and write the report."""
-    clear(paths.shm_dir, paths.run_id)
-    outcome = "finished"
+    if end.state != "finished":
+        return end
+    state, reason = end.state, end.reason
     if never := missed(paths, run):
         reason = f"{reason}; drills that never struck: {', '.join(never)}"
     if run.verify:
@@ -228,14 +108,53 @@ def _close(paths: RunPaths, run: RunConfig, reason: str) -> tuple[str, str]:
             comparison = verify(paths, run, check_wanted)
             update_status(paths, verdict=str(comparison))
             if not comparison.identical:
-                outcome, reason = "failed", str(comparison)
+                state, reason = "failed", str(comparison)
         except Interrupted as interruption:  # the training is done all the same
             reason = f"{reason}; not compared with the reference: {interruption}"
     update_status(paths, state="reporting")
     from gemini_hpc.analysis.report import write_report  # pandas and plotly: only now, not while a run waits
 
     write_report(paths.run_dir)
-    return outcome, reason
+    return Finish("", state, reason)
+
+
+def _conclude(paths: RunPaths, run: RunConfig, end: Finish) -> int:
+    """Say how it ended; a job of Slurm that can go on elsewhere is put back into the queue, which ends this process."""
+    reason = end.reason
+    if end.state == "suspended" and run.site.kind == "slurm":
+        reason += "; the job is queued again" if _progressed(paths) else "; it came no further in several starts"
+    EventLog(paths.run_dir, "cluster").emit("run", state=end.state, reason=reason)
+    update_status(paths, state=end.state, reason=reason, waiting_for=[])
+    if reason.endswith("queued again"):
+        try:
+            this_job(run.site.call_timeout_s).requeue()
+        except SlurmError as error:
+            update_status(paths, reason=f"{end.reason}; the job could not be queued again ({error}): use --resume")
+    return 0 if end.state == "finished" else 1
+
+
+def see_out(paths: RunPaths, run: RunConfig, end: Finish) -> int:
+    """Close a run of Slurm whose supervisor is gone, and its job, which would sit there until its time limit."""
+    status = _conclude(paths, run, _close(paths, run, end))
+    try:
+        this_job(run.site.call_timeout_s).cancel()
+    except SlurmError as error:
+        print(error, file=sys.stderr)
+    return status
+
+
+def _log_start(paths: RunPaths) -> None:
+    newest = manifest.newest(paths.run_dir)
+    step = newest.step if newest else 0
+    EventLog(paths.run_dir, "cluster").emit("run", state="started", reason="", step=step)
+
+
+def _progressed(paths: RunPaths) -> bool:
+    """Whether the last starts of this run did not all begin with the checkpoint that is still the newest."""
+    starts = [event for event in read_events(paths.run_dir) if event["kind"] == "run" and event["state"] == "started"]
+    newest = manifest.newest(paths.run_dir)
+    steps = [event.get("step") for event in starts[-FRUITLESS_STARTS:]]
+    return len(steps) < FRUITLESS_STARTS or set(steps) != {newest.step if newest else 0}
 
 
 GONE = -1
@@ -251,14 +170,28 @@ def _pidfd_of_submit() -> int | None:
 
 _STARTED_BY = os.getppid()
 _ATTACHED_TO = _pidfd_of_submit()
-_told_to_end: list[int] = []
-"""The signals that came. Noted rather than raised: an exception out of a signal handler may vanish anywhere."""
+_signals: list[int] = []
+"""Those that came. Noted rather than raised: an exception out of a signal handler may vanish anywhere."""
+
+
+def _taken_away(run: RunConfig) -> str:
+    """Say why the nodes are about to be taken away; "" = they are not."""
+    if signal.SIGUSR2 in _signals:
+        return f"told by SIGUSR2, {run.site.signal_delay_s} s before the time limit"
+    if signal.SIGTERM in _signals and run.site.kind == "slurm":
+        try:  # the end of a job begins with SIGTERM, and so does the grace before it is preempted
+            if this_job(run.site.call_timeout_s).state() == "RUNNING":
+                return "the job is about to be preempted"
+        except SlurmError:
+            pass
+    return ""
 
 
 def check_wanted() -> None:
     """Raise Interrupted when the run was told to end, or nobody is left for whom it runs. Called by every loop."""
-    if _told_to_end:
-        raise Interrupted(f"told to end by {signal.Signals(_told_to_end[0]).name}")
+    told = [number for number in _signals if number in (signal.SIGTERM, signal.SIGINT)]
+    if told:
+        raise Interrupted(f"told to end by {signal.Signals(told[0]).name}")
     if _ATTACHED_TO == GONE or (_ATTACHED_TO and wait_exit(_ATTACHED_TO, 0.0)):
         raise Interrupted("the submit that waited for it is gone")
     if os.getppid() != _STARTED_BY:
@@ -267,8 +200,11 @@ def check_wanted() -> None:
 
 def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):  # by a person, by Slurm, before the time limit
-        signal.signal(number, lambda told, _frame: _told_to_end.append(told))
+        signal.signal(number, lambda told, _frame: _signals.append(told))
     paths, run = open_run(sys.argv[1])
+    if len(sys.argv) > 2:  # by an agent
+        _, state, reason = sys.argv[2:]
+        sys.exit(see_out(paths, run, Finish("", state, reason)))
     sys.exit(supervise(paths, run))
 
 

@@ -1,6 +1,4 @@
-"""Slurm, by way of submitit: the job script, and submission."""
+"""Slurm: the job script, its submission by way of submitit, and what a running job asks of Slurm.
 
-from gemini_hpc.slurm.script import job_script
-from gemini_hpc.slurm.submission import Job, submit_job
-
-__all__ = ["Job", "job_script", "submit_job"]
+`control` is used by every node's agent, and starts as fast as that: it does without submitit.
+"""

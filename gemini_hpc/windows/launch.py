@@ -19,6 +19,10 @@ _LEFTOVER_AGE_S = 1.0  # another MPI program of this user may be between creatin
 _FROM_OTHER_LAUNCHERS = ("PMI_", "PMIX_", "HYDI_", "HYDRA_", "MPIEXEC_")
 
 
+THIS_NODE = "$SLURMD_NODENAME"
+"""The name of the node, for a shell that runs in a step of Slurm."""
+
+
 @dataclass(frozen=True)
 class HostSpec:
     """One rank of the world: its node, the arena it exposes, and the socket of the agent that it obeys."""
@@ -72,6 +76,18 @@ def mpiexec_command(
     return command, inherited | mpi_environment(interface or network_interface())
 
 
+def step_command(python: Path, run: str, world: int, here: HostSpec) -> list[str]:
+    """Return what every task of a step of Slurm runs: a host of `here`, in whose fields THIS_NODE is filled in there.
+
+    The step is started with `--mpi=pmi2` and `mpi_environment`; which node got which MPI rank, its hosts say.
+    """
+    fill_in = (
+        f'GEMINI_NODE="{run}:{here.node}" GEMINI_AGENT="{here.agent_socket}" GEMINI_ARENA="{here.arena_path}" '
+        'exec "$0" "$@"'
+    )
+    return ["sh", "-c", fill_in, str(python), "-m", "gemini_hpc.windows.host", str(world)]
+
+
 def mpi_environment(interface: str | None) -> dict[str, str]:
     """Return MPICH's and UCX's settings for hosts that meet over `interface`; None = shared memory of one machine."""
     settings = {
@@ -120,6 +136,11 @@ def mpi_leftovers(age_s: float = _LEFTOVER_AGE_S) -> list[Path]:
         if status.st_uid == os.getuid() and status.st_mtime <= newest and f"{path}\n" not in mapped:
             leftovers.append(path)
     return leftovers
+
+
+def remove_mpi_leftovers() -> None:
+    for leftover in mpi_leftovers():
+        leftover.unlink(missing_ok=True)
 
 
 def _maps(process: Path) -> str:

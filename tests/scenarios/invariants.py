@@ -85,7 +85,7 @@ class Invariants:
                 self._note_safe(after, order.details["step"])
             elif isinstance(order, m.Note) and order.event == "plan":
                 self._planned(after, order.details["step"], order.details["reason"])
-            elif isinstance(order, m.Finish) and not order.node and order.state == "stopped":
+            elif isinstance(order, m.Finish) and not order.node and order.state in ("stopped", "suspended"):
                 self._stopped(after, order.reason)
         if len(after.copies) > 8 * after.rules.world_size or len(after.misses) > 100:
             raise Broken("knowledge grows without a bound")
@@ -153,7 +153,7 @@ class Invariants:
     def end(self) -> None:
         """The run is over: it says why, and `finished` is true."""
         sim = self._sim
-        if sim.outcome not in ("finished", "stopped", "failed") or not sim.reason:
+        if sim.outcome not in ("finished", "suspended", "stopped", "failed") or not sim.reason:
             raise Broken(f"it ended as {sim.outcome!r}: {sim.reason!r}")
         if sim.outcome == "finished" and max(sim.most_trained, *sim.manifests, 0) < sim.rules.total_steps:
             raise Broken(f"finished, and yet only {sim.most_trained} steps were done")

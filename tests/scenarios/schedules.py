@@ -67,7 +67,9 @@ class Schedule:
             and self.delay_s < 0.1
             and lost <= self.shape[1]
             and 2 * (sum(self.shape[:2]) - lost) > sum(self.shape[:2])
-            and not any(fault.kind in ("corrupt_file", "split") or fault.other == CLUSTER for fault in self.faults)
+            and not any(
+                fault.kind in ("corrupt_file", "split", "suspend") or fault.other == CLUSTER for fault in self.faults
+            )
         )
 
 
@@ -126,6 +128,7 @@ def _slow_disk(sim: Simulation, node: str, fault: Fault) -> None:
 
 
 FAULTS: dict[str, Act] = {
+    "suspend": lambda sim, node, fault: sim.suspend(),
     "kill_node": lambda sim, node, fault: sim.kill_node(node),
     "kill_unseen": lambda sim, node, fault: sim.kill_node(node, seen=False),
     "kill_worker": lambda sim, node, fault: sim.kill_worker(node),
@@ -149,11 +152,12 @@ COSTLY = ("kill_node", "kill_unseen", "pause", "cut_off", "one_way", "split", "l
 
 PROCESSES = ("kill_worker", "hang_worker", "trouble", "crash_host", "hang_host", "crash_archiver", "hang_archiver")
 SORTS: dict[str, tuple[str, ...]] = {
-    "single": tuple(kind for kind in FAULTS if kind != "corrupt_file"),
+    "single": tuple(kind for kind in FAULTS if kind not in ("corrupt_file", "suspend")),
     "crashes": ("kill_node", "kill_node", "kill_unseen", *PROCESSES),
     "coordinator": ("kill_node", "kill_unseen", "pause", "cut_off", "link", "kill_worker"),
     "partitions": ("cut_off", "one_way", "split", "split", "link", "kill_node", "pause"),
     "data": ("corrupt", "corrupt", "corrupt_file", "slow_disk", "crash_archiver", "hang_archiver", "kill_node"),
+    "suspensions": ("suspend", "suspend", "kill_node", "kill_worker", "hang_archiver", "slow_disk", "link"),
     "returns": ("kill_node", "kill_node", "kill_worker", "pause", "link"),
     "disorder": ("kill_node", "kill_worker", "pause", "cut_off", "trouble", "crash_host"),
 }

@@ -46,6 +46,10 @@ def rules(nodes: int = 5, **changes: Any) -> Rules:
     return Rules(**(defaults | changes))
 
 
+SUSPEND_S = 1.0
+"""How often the cluster says that it takes the nodes away."""
+
+
 class Simulation:
     """The clock, the nodes, and the cluster's own process (the supervisor, or Slurm)."""
 
@@ -244,6 +248,12 @@ class Simulation:
             self.start_world(message)
         elif isinstance(message, m.Finish) and sender == self._leader and not self.outcome:
             self.end(message.state, message.reason)
+
+    def suspend(self) -> None:
+        """The nodes are about to be taken away: say so until the run has ended."""
+        if not self.outcome:
+            self._tell_all(m.Suspend("", "the time limit is near"))
+            self.after(SUSPEND_S, self.suspend)
 
     def end(self, outcome: str, reason: str) -> None:
         self.outcome, self.reason = outcome, reason

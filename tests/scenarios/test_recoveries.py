@@ -59,7 +59,7 @@ def test_a_start_waits_for_all_and_goes_on_without_a_node_that_never_came() -> N
 
 def test_too_few_nodes_at_the_start_stop_the_run() -> None:
     cluster = Simulation(absent=("n1", "n4")).run(Simulation.over)
-    assert cluster.cluster.outcome == "stopped"
+    assert cluster.cluster.outcome == "suspended"
 
 
 def test_safe_steps_advance_and_checkpoints_are_persisted_at_the_interval_and_at_the_end() -> None:
@@ -260,13 +260,13 @@ def test_out_of_nodes_saves_the_newest_complete_step_and_stops() -> None:
     cluster = started(nodes=4)
     cluster.kill_node("n3")
     cluster.run(Simulation.over)
-    assert cluster.cluster.outcome == "stopped"
+    assert cluster.cluster.outcome == "suspended"
     published = cluster.cluster.published
     assert published is not None
     assert published.step >= 3
     files = {rank: cluster.files[published.step, rank, published.files[rank][2]] for rank in range(4)}
     cluster.invariants.one_history(published.step, files)
-    assert m.Finish("", "stopped", cluster.said("run")[-1]["reason"]) in cluster.orders
+    assert m.Finish("", "suspended", cluster.said("run")[-1]["reason"]) in cluster.orders
 
 
 # --- data that cannot be had ------------------------------------------------------------------------
@@ -448,7 +448,7 @@ def test_what_an_owner_overwrote_before_it_heard_that_it_was_safe_does_not_cost_
     cluster.run(lambda c: c.cluster.safe_step == newer and "n0" not in c.cluster.copies[0, newer])
     cluster.kill_node("n1")
     cluster.run(Simulation.over)
-    assert cluster.outcome == "stopped" and cluster.manifests.keys() == {before}
+    assert cluster.outcome == "suspended" and cluster.manifests.keys() == {before}
 
 
 def test_an_inventory_that_is_lost_is_told_again() -> None:

@@ -139,7 +139,7 @@ def test_a_job_that_ends_by_itself(submit: Callable[..., Job], tmp_path: Path) -
 def test_the_job_outlives_whoever_submitted_it(run_dir: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from gemini_hpc.config import load_run\n"
-        "from gemini_hpc.slurm import submit_job\n"
+        "from gemini_hpc.slurm.submission import submit_job\n"
         "print(submit_job(load_run(site='local'), Path(sys.argv[1])).id)"
     )
     # a pipe to us is closed as soon as the submitting process ends: communicate() returns

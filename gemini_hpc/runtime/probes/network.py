@@ -20,7 +20,7 @@ from gemini_hpc.core.messages import Copied, Heartbeat, Hello, HostReady, Lead, 
 from gemini_hpc.errors import GeminiError, UserError
 from gemini_hpc.runtime.channel import Channel, Listener
 from gemini_hpc.runtime.children import DYING_WITH_US
-from gemini_hpc.runtime.cluster import GROUP_ADDRESS, address_of, virtual_nodes
+from gemini_hpc.runtime.cluster import LOOPBACK, address_of, nodes_of
 from gemini_hpc.runtime.probes.examine import Case, Finding, last_line, ok, problem, warning
 from gemini_hpc.runtime.probes.storage import NOT_TRIED
 from gemini_hpc.runtime.wire import Client, Server, Wire, make_keys
@@ -31,7 +31,7 @@ EXCHANGES = 200
 PULL_BYTES = 32 << 20
 PULLS = 5
 NODES = ("node0", "node1")
-LOCALHOST = f"see that torch can be imported, and give {GROUP_ADDRESS} the name localhost in /etc/hosts"
+LOCALHOST = f"see that torch can be imported, and give {LOOPBACK} the name localhost in /etc/hosts"
 SHIELD = "window host "
 """How a shield's word begins that its host has ended (windows/shield.py); it keeps that from the launcher."""
 
@@ -44,7 +44,7 @@ M = TypeVar("M", bound=Message)
 
 def loopback(case: Case) -> Finding:
     """The addresses of the virtual nodes: bound and connected to."""
-    nodes = virtual_nodes(case.run)
+    nodes = nodes_of(case.run)
     addresses = [address_of(node, nodes) for node in nodes]
     for address in addresses:
         try:
@@ -212,7 +212,7 @@ def gloo_group(case: Case) -> Finding:
     timeout = str(case.run.recovery.join_s)
     ranks = [
         subprocess.Popen(
-            [*DYING_WITH_US, sys.executable, "-m", "gemini_hpc.runtime.probes.rank", str(rank), GROUP_ADDRESS, timeout],
+            [*DYING_WITH_US, sys.executable, "-m", "gemini_hpc.runtime.probes.rank", str(rank), LOOPBACK, timeout],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=case.shared(f"rank-{rank}.log").open("wb"),
@@ -229,7 +229,7 @@ def gloo_group(case: Case) -> Finding:
         max(of_rank) for of_rank in zip(*(json.loads(_line(case, ranks, r)) for r in range(2)), strict=True)
     )
     found = (
-        f"torch loaded in {load_s:.1f} s; a group of 2 at {GROUP_ADDRESS} formed in {join_s * 1e3:.0f} ms; "
+        f"torch loaded in {load_s:.1f} s; a group of 2 at {LOOPBACK} formed in {join_s * 1e3:.0f} ms; "
         f"a vote of the ranks, one a step, takes {vote_s * 1e3:.2f} ms"
     )
     if join_s > SLOW_JOIN_S:

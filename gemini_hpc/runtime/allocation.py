@@ -1,0 +1,229 @@
+"""The cluster as an agent sees it: virtual nodes on this machine, or the allocation of a Slurm job.
+
+Virtual nodes belong to their supervisor, and it does everything. On Slurm no role is bound to the node of the batch
+script: the supervisor there only brings the agents up. What a run needs of the cluster later, the agents do from
+wherever they are: start MPI worlds as steps of the job, ask Slurm which nodes are gone, and end the job when the
+supervisor is no more.
+"""
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+import zmq
+
+from gemini_hpc.config import RunConfig
+from gemini_hpc.core.codec import Message
+from gemini_hpc.core.messages import Finish, NodeExited, Retire, StartWorld, WorldFailed
+from gemini_hpc.errors import GeminiError
+from gemini_hpc.runtime.children import DYING_WITH_US, python
+from gemini_hpc.runtime.cluster import LOOPBACK, address_of, own_address
+from gemini_hpc.runtime.paths import RunPaths
+from gemini_hpc.runtime.processes import RunLock, sweep
+from gemini_hpc.runtime.wire import Client
+from gemini_hpc.slurm.control import SlurmError, SlurmJob, step_environment, this_job
+from gemini_hpc.windows.launch import (
+    THIS_NODE,
+    HostSpec,
+    mpi_environment,
+    network_interface,
+    remove_mpi_leftovers,
+    step_command,
+)
+
+ASK_S = 2.0
+"""Between two looks at the states of the nodes."""
+
+LEAVING_S = 10.0
+"""How long to wait for an agent of the same run that is leaving this node."""
+
+SEE_OUT_POLL_S = 0.5
+ECHO_S = 10.0
+"""A supervisor that lives says within this time that it has heard of the end; each node waits so much longer than the
+one before it."""
+
+
+class Embedded:
+    """Virtual nodes: a line to the supervisor."""
+
+    forsaken_timeouts = 10
+    """After so many heartbeat timeouts without a coordinator a node takes itself for evicted."""
+
+    def __init__(self, supervisor: Client, node: str, nodes: tuple[str, ...]) -> None:
+        self._supervisor = supervisor
+        self.address = address_of(node, nodes)
+        """Where this node's agent listens."""
+        self.group_address = LOOPBACK
+        """Where its worker does."""
+
+    @property
+    def socket(self) -> "zmq.Socket[bytes]":
+        return self._supervisor.socket
+
+    def send(self, message: Message) -> None:
+        self._supervisor.send(message)
+
+    def receive(self) -> Message | None:
+        """Return the next thing that the cluster tells; None = nothing."""
+        return self._supervisor.receive()
+
+    def ask(self, wanted: bool) -> None:
+        """Look after the other nodes from now on, or do not. Here the supervisor always does."""
+
+    def is_cancelled(self) -> bool:
+        """Whether this node, which was told to end by a signal, is to leave."""
+        return True
+
+    def see_out(self, end: Finish, is_cancelled: Callable[[], bool]) -> None:
+        """The run is over, and this node has let everything go: see to it that the job ends, too."""
+
+    def close(self) -> None:
+        """End what was started here."""
+
+
+class Allocation(Embedded):
+    """The nodes of a Slurm job."""
+
+    forsaken_timeouts = 500  # Slurm may take minutes to say that a node is down, and its word lets the others go on
+
+    def __init__(self, supervisor: Client, paths: RunPaths, run: RunConfig, node: str, nodes: tuple[str, ...]) -> None:
+        self._supervisor = supervisor
+        self.address = self.group_address = own_address(run)
+        self._paths, self._run, self._node, self._nodes = paths, run, node, nodes
+        self._job = this_job(run.site.call_timeout_s)
+        self._world: subprocess.Popen[bytes] | None = None
+        self._world_number = 0
+        self._witness = Witness(self._job, nodes)
+        self._lock = RunLock(paths.lock)
+        self._claim()
+
+    def _claim(self) -> None:
+        """Do for this node what the supervisor does for virtual ones: hold the run's lock, sweep what is dead."""
+        deadline = time.monotonic() + LEAVING_S
+        while not self._lock.take():
+            if time.monotonic() > deadline:
+                raise GeminiError("another job does this run on this node already; cancel it, or start a new run")
+            time.sleep(0.1)
+        sweep(self._paths.shm_dir)
+        remove_mpi_leftovers()
+
+    def send(self, message: Message) -> None:
+        if isinstance(message, StartWorld):
+            self._start_world(message)
+        else:
+            super().send(message)
+
+    def receive(self) -> Message | None:
+        if self._world is not None and (status := self._world.poll()) is not None:
+            self._world = None
+            return WorldFailed("", self._world_number, f"its step ended with status {status}")
+        return super().receive() or self._witness.next()
+
+    def ask(self, wanted: bool) -> None:
+        if wanted:
+            self._witness.wanted.set()
+        else:
+            self._witness.wanted.clear()
+
+    def is_cancelled(self) -> bool:
+        """The end of a job begins with SIGTERM everywhere, and so does the grace before it is preempted."""
+        try:
+            return self._job.state() != "RUNNING"
+        except SlurmError:
+            return True
+
+    def see_out(self, end: Finish, is_cancelled: Callable[[], bool]) -> None:
+        """Wait for the end of the job. It ends with its batch script; where that is gone, the first of us ends it."""
+        self._end_world()
+        rounds = int(ECHO_S / SEE_OUT_POLL_S) * (1 + self._nodes.index(self._node))
+        batch_node, heard = self._nodes[0], False
+        for number in count(1):
+            word = super().receive()
+            if isinstance(word, Retire) or is_cancelled():
+                return
+            heard |= isinstance(word, Finish)
+            # one that lives, and whose node dies now, is given up when Slurm says so
+            if number % rounds == 0 and (not heard or self._state_of(batch_node) == "gone"):
+                break
+            time.sleep(SEE_OUT_POLL_S)
+        subprocess.run(
+            [*python("gemini_hpc.runtime.supervisor", str(self._paths.run_dir)), "--close", end.state, end.reason],
+            stdin=subprocess.DEVNULL,
+        )
+
+    def _state_of(self, node: str) -> str:
+        try:
+            return self._job.node_states([node]).get(node, "")
+        except SlurmError:
+            return ""
+
+    def close(self) -> None:
+        self._end_world()
+        remove_mpi_leftovers()
+        self._lock.release()
+
+    def _start_world(self, order: StartWorld) -> None:
+        self._end_world()
+        paths, site = self._paths, self._run.site
+        here = HostSpec(THIS_NODE, paths.arena(THIS_NODE), paths.socket(THIS_NODE))
+        program = step_command(Path(sys.executable), paths.run_id, order.world, here)
+        log = paths.logs / "windows.log"
+        step = self._job.step(order.members, log, "--mpi=pmi2", "--job-name=gemini-windows")
+        with open(log, "ab") as output:
+            self._world = subprocess.Popen(
+                [*DYING_WITH_US, "/usr/bin/env", *step, *program],
+                env=step_environment(os.environ) | mpi_environment(site.interface or network_interface()),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        self._world_number = order.world
+
+    def _end_world(self) -> None:
+        """End the step; a host whose node is cut off leaves when its agent takes another one in."""
+        if self._world is None:
+            return
+        self._world.send_signal(signal.SIGTERM)  # srun passes it on
+        try:
+            self._world.wait(1.0)
+        except subprocess.TimeoutExpired:
+            self._world.kill()
+            self._world.wait()
+        self._world = None
+
+
+class Witness:
+    """Slurm's word about the nodes, asked for in a thread: it may take its time."""
+
+    def __init__(self, job: SlurmJob, nodes: tuple[str, ...]) -> None:
+        self.wanted = threading.Event()
+        self._job, self._nodes = job, nodes
+        self._told: queue.SimpleQueue[NodeExited] = queue.SimpleQueue()
+        threading.Thread(target=self._ask, daemon=True).start()
+
+    def next(self) -> NodeExited | None:
+        try:
+            return self._told.get_nowait()
+        except queue.Empty:
+            return None
+
+    def _ask(self) -> None:
+        gone: set[str] = set()
+        while True:
+            self.wanted.wait()
+            try:
+                states = self._job.node_states(self._nodes)
+            except SlurmError:
+                states = {}  # it is busy, or away: no evidence against anybody
+            for node, state in states.items():
+                if state == "gone" and node not in gone:
+                    gone.add(node)
+                    self._told.put(NodeExited(node, "Slurm says that it is down"))
+            time.sleep(ASK_S)

@@ -1,0 +1,222 @@
+"""The nodes of a run as its supervisor sees them: brings their agents up, and tells each of the others.
+
+It decides nothing about the training: who leads, and what is done, the agents settle among themselves.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import zmq
+
+from gemini_hpc.config import RunConfig
+from gemini_hpc.core.codec import Message
+from gemini_hpc.core.messages import Finish, Lead, NodeExited, NodeUp, Retire, StartWorld, Suspend, WorldFailed
+from gemini_hpc.runtime.children import DYING_WITH_US, Child, python
+from gemini_hpc.runtime.cluster import CLUSTER, LOOPBACK, NODES, RETURNED, nodes_of, own_address
+from gemini_hpc.runtime.paths import RunPaths
+from gemini_hpc.runtime.processes import NODE_MARK, RUN_MARK, wait_exit
+from gemini_hpc.runtime.wire import Server, Wire
+from gemini_hpc.slurm.control import this_job
+from gemini_hpc.windows.launch import HostSpec, mpiexec_command
+
+POLL_MS = 100
+SUSPEND_S = 1.0
+"""How often the agents are told that the nodes are taken away: a new coordinator may not have heard."""
+
+PATIENCE_S = 5.0
+"""How long agents may take to leave after the end of the run."""
+
+
+class Nodes(ABC):
+    """All agents of a run, as processes that this one started."""
+
+    def __init__(self, paths: RunPaths, run: RunConfig, address: str) -> None:
+        self._paths, self._run = paths, run
+        self._names = nodes_of(run)
+        self._wire = Wire(paths.keys)
+        self._server: Server = self._wire.listen(address)
+        self._poller = zmq.Poller()
+        self._poller.register(self._server.socket, zmq.POLLIN)
+        self._agents: dict[str, Child] = {}
+        self._up: dict[str, NodeUp] = {}
+        self._exited: dict[str, NodeExited] = {}
+        self._voters = set(self._names)  # have never been lost
+        self._leader = ""
+        self._term = 0
+        self._suspend: Suspend | None = None
+        self._said_suspend = 0.0
+        self._closed = False
+        for node in self._names:
+            self._start(node)
+
+    @abstractmethod
+    def _command(self, node: str, environment: dict[str, str]) -> list[str]:
+        """Return the command that starts the agent of a node."""
+
+    def turn(self) -> Finish | None:
+        """Wait a moment, pass on what happened; return how the run ended, once it has."""
+        self._poller.poll(POLL_MS)
+        ended = self._ended_agents()  # before their last words are read
+        while (received := self._server.receive()) is not None:
+            sender, message = received
+            if isinstance(message, Finish) and sender in self._up:  # from the coordinator, or passed on by another
+                return message
+            self._handle(sender, message)
+        for node in ended:
+            self._lose(node)
+        if self._suspend is not None and time.monotonic() - self._said_suspend > SUSPEND_S:
+            self._said_suspend = time.monotonic()
+            self._tell_all(self._suspend)
+        if not self._voters:  # nodes that came back cannot coordinate
+            return Finish("", "suspended", "no node of the start is left; go on from the newest checkpoint")
+        return None
+
+    def suspend(self, reason: str) -> None:
+        """Have the run saved and ended: the nodes are about to be taken away."""
+        self._suspend = self._suspend or Suspend("", reason)
+
+    def dismiss(self, end: Finish) -> None:
+        """Tell all agents to leave now: nobody waits for what they still do."""
+        self._tell_all(end)
+        for node, child in self._agents.items():
+            if node not in self._up:  # it could not be told
+                child.end()
+
+    def close(self) -> None:
+        """End what still runs: agents get a moment to leave, the rest gets none. May be called again."""
+        if self._closed:
+            return
+        self._closed = True
+        deadline = time.monotonic() + PATIENCE_S
+        for child in self._agents.values():
+            wait_exit(child.pidfd, max(0.0, deadline - time.monotonic()))
+            child.end()
+        self._wire.close()
+
+    def _start(self, node: str, returned: bool = False) -> None:
+        marks = {RUN_MARK: self._paths.run_id, NODE_MARK: f"{self._paths.run_id}:{node}"}
+        names = {CLUSTER: self._server.endpoint, NODES: ",".join(self._names), RETURNED: str(int(returned))}
+        child = Child(self._command(node, marks | names), {}, self._log(node))
+        self._agents[node] = child
+        self._poller.register(child.pidfd, zmq.POLLIN)
+
+    def _log(self, node: str) -> Path:
+        return self._paths.logs / f"agent-{node}.log"
+
+    def _lose(self, node: str) -> None:
+        """Tell everybody that a node is gone."""
+        self._up.pop(node, None)
+        self._voters.discard(node)
+        self._exited[node] = NodeExited(node, "its agent is gone")
+        self._tell_all(self._exited[node])
+
+    def _ended_agents(self) -> list[str]:
+        ended = [node for node, child in self._agents.items() if wait_exit(child.pidfd, 0.0)]
+        for node in ended:
+            child = self._agents.pop(node)
+            self._poller.unregister(child.pidfd)
+            child.reap()
+        return ended
+
+    def _handle(self, sender: str, message: Message) -> None:
+        if isinstance(message, NodeUp) and message.node == sender and sender in self._agents:
+            for known in (*self._exited.values(), *self._up.values()):
+                self._server.send(message.node, known)
+            self._exited.pop(message.node, None)
+            self._up[message.node] = message
+            self._tell_all(message)
+        elif isinstance(message, Lead) and message.term > self._term:
+            self._leader, self._term = sender, message.term
+
+    def _tell_all(self, message: Message) -> None:
+        for node in self._up:
+            self._server.send(node, message)
+
+
+class VirtualNodes(Nodes):
+    """The embedded cluster: nodes are child processes, and MPI worlds are launched here."""
+
+    def __init__(self, paths: RunPaths, run: RunConfig) -> None:
+        self._return_at: dict[str, float] = {}  # when a lost node comes back
+        self._world: subprocess.Popen[bytes] | None = None
+        self._world_number = 0
+        super().__init__(paths, run, LOOPBACK)
+
+    def _command(self, node: str, environment: dict[str, str]) -> list[str]:
+        told = [f"{name}={value}" for name, value in environment.items()]
+        return ["/usr/bin/env", *told, *python("gemini_hpc.runtime.agent", str(self._paths.run_dir), node)]
+
+    def turn(self) -> Finish | None:
+        end = super().turn()
+        self._watch_world()
+        for node in [node for node, due in self._return_at.items() if time.monotonic() >= due]:
+            del self._return_at[node]
+            self._start(node, returned=True)
+        return end
+
+    def close(self) -> None:
+        super().close()
+        self._end_world()
+
+    def _lose(self, node: str) -> None:
+        super()._lose(node)  # the kernel killed its other processes with its agent
+        if self._run.cluster.return_s is not None:
+            self._return_at[node] = time.monotonic() + self._run.cluster.return_s
+
+    def _handle(self, sender: str, message: Message) -> None:
+        if isinstance(message, StartWorld) and sender == self._leader and set(message.members) <= set(self._names):
+            self._start_world(message)
+        else:
+            super()._handle(sender, message)
+
+    def _start_world(self, order: StartWorld) -> None:
+        self._end_world()
+        hosts = [HostSpec(n, self._paths.arena(n), self._paths.socket(n)) for n in order.members]
+        environment = {**os.environ, RUN_MARK: self._paths.run_id}
+        command, environment = mpiexec_command(
+            Path(sys.executable), self._paths.run_id, order.world, hosts, environment, self._run.site.interface
+        )
+        with open(self._paths.logs / "windows.log", "ab") as output:
+            self._world = subprocess.Popen(
+                [*DYING_WITH_US, *command],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        self._world_number = order.world
+
+    def _watch_world(self) -> None:
+        if self._world is not None and self._world.poll() is not None:
+            code, self._world = self._world.returncode, None
+            self._tell_all(WorldFailed("", self._world_number, f"mpiexec ended with status {code}"))
+
+    def _end_world(self) -> None:
+        if self._world is not None:
+            self._world.kill()
+            self._world.wait()
+            self._world = None
+
+
+class SlurmNodes(Nodes):
+    """The nodes of a Slurm job: each agent is a step of its own, and its srun our child."""
+
+    def __init__(self, paths: RunPaths, run: RunConfig) -> None:
+        self._job = this_job(run.site.call_timeout_s)
+        super().__init__(paths, run, own_address(run))
+
+    def close(self) -> None:
+        for node in self._agents:
+            self._server.send(node, Retire(node, 0))
+        super().close()
+
+    def _command(self, node: str, environment: dict[str, str]) -> list[str]:
+        # not into srun's own environment: whoever looks for the node's processes is not to find it
+        told = [f"{name}={value}" for name, value in environment.items()]
+        step = self._job.step([node], self._log(node), "--job-name=gemini-agent")
+        agent = python("gemini_hpc.runtime.agent", str(self._paths.run_dir), node)
+        return [*DYING_WITH_US, "/usr/bin/env", *step, "env", *told, *agent]

@@ -1,0 +1,112 @@
+"""What Slurm is asked and told while a job runs. Every call is bounded, and none is trusted to answer."""
+
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from gemini_hpc.errors import GeminiError
+
+_OF_THE_JOB = ("SLURM_CONF", "SLURM_JOB_ID", "SLURM_CLUSTER_NAME")
+"""All other variables are of the step or batch script that a process was started by, and srun would take them for
+options."""
+
+_LAUNCHERS = ("SLURM_", "SRUN_", "PMI_", "PMIX_", "PMI2_")
+
+_GONE = ("down", "fail", "failing", "error", "powering_down", "powered_down", "power_down", "unknown")
+_LEAVING = ("drain", "drained", "draining", "drng", "maint")
+
+
+class SlurmError(GeminiError):
+    """Slurm did not answer, or refused."""
+
+
+class SlurmJob:
+    """One running job, from any of its nodes."""
+
+    def __init__(self, job_id: str, timeout_s: float) -> None:
+        self.id = job_id
+        self._timeout_s = timeout_s
+
+    def nodes(self, nodelist: str) -> tuple[str, ...]:
+        """Return the names in a list such as n[1-4,7]."""
+        return tuple(self._call("scontrol", "show", "hostnames", nodelist).split())
+
+    def node_states(self, nodes: Sequence[str]) -> dict[str, str]:
+        """Return "up", "leaving" (it is drained: no new work) or "gone" for each node that Slurm knows."""
+        answer = self._call("sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N %T")
+        found = {}
+        for line in answer.splitlines():
+            node, state = line.split(maxsplit=1)
+            state = state.lower().rstrip("*~#!%$@+^-")  # marks for: does not answer, powers up, and so on
+            found[node] = "gone" if state in _GONE else "leaving" if state in _LEAVING else "up"
+        return found
+
+    def state(self) -> str:
+        """Return the job's state as squeue has it, such as RUNNING; "" = it is not in the queue any more."""
+        try:
+            return self._call("squeue", "--noheader", "--format=%T", f"--jobs={self.id}").strip()
+        except SlurmError as error:
+            if "Invalid job id" in str(error):
+                return ""
+            raise
+
+    def requeue(self) -> None:
+        """Have the job start again, when there are nodes for it; this ends it now, the caller's step included."""
+        self._call("scontrol", "requeue", self.id)
+
+    def cancel(self) -> None:
+        """End the job now, the caller's step included."""
+        self._call("scancel", self.id)
+
+    def step(self, nodes: Sequence[str], output: Path, *options: str) -> list[str]:
+        """Return the words before a program that is to run once on each of `nodes`, in a step of its own.
+
+        The step shares the job's resources with all others, and outlives the loss of nodes, of tasks, and of srun.
+        Its environment is `step_environment`.
+        """
+        return [
+            "srun",
+            f"--jobid={self.id}",
+            "--overlap",
+            "--no-kill",
+            "--kill-on-bad-exit=0",
+            "--wait=0",
+            f"--nodes={len(nodes)}",
+            f"--ntasks={len(nodes)}",
+            "--ntasks-per-node=1",
+            f"--nodelist={','.join(nodes)}",
+            "--input=none",
+            f"--output={output}",
+            "--open-mode=append",
+            *options,
+        ]
+
+    def _call(self, *words: str) -> str:
+        try:
+            done = subprocess.run(
+                words, capture_output=True, text=True, timeout=self._timeout_s, stdin=subprocess.DEVNULL
+            )
+        except subprocess.TimeoutExpired:
+            raise SlurmError(f"{words[0]} did not answer in {self._timeout_s:g} s") from None
+        except OSError as error:
+            raise SlurmError(f"{words[0]} cannot be started: {error.strerror}") from None
+        if done.returncode:
+            reason = done.stderr.strip().splitlines()
+            raise SlurmError(reason[0] if reason else f"{words[0]} ended with status {done.returncode}")
+        return done.stdout
+
+
+def step_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return what a new step may inherit: nothing of the step or script that starts it."""
+    return {
+        name: value for name, value in environment.items() if name in _OF_THE_JOB or not name.startswith(_LAUNCHERS)
+    }
+
+
+def this_job(timeout_s: float) -> SlurmJob:
+    """Return the job that this process belongs to. Raises SlurmError where it belongs to none."""
+    job_id = os.environ.get("SLURM_JOB_ID")
+    if not job_id:
+        raise SlurmError("this is no job of Slurm (SLURM_JOB_ID is not set): start it with sbatch")
+    return SlurmJob(job_id, timeout_s)

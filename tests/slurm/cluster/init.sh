@@ -1,0 +1,37 @@
+#!/bin/bash
+# PID 1 of a node: NAME PLACE NETWORK [ROOT]. The login node gets ROOT, the folder with Slurm's files.
+set -eu
+name=$1 place=$2 network=$3
+mount --make-rprivate /
+hostname "$name"
+mount -t tmpfs -o mode=1777,size=1g tmpfs /dev/shm
+mount -t tmpfs -o mode=755 tmpfs /run
+mkdir -p /run/munge
+ip=/usr/sbin/ip
+if [ "$name" = login ]; then
+    # what the packages have appears as if they were installed, here and on the nodes alone
+    cd "$4"
+    mount -t overlay -o lowerdir=usr:/usr overlay /usr
+    cd "$place"
+    mount -t overlay -o lowerdir=etc:/etc overlay /etc
+    $ip link set lo up
+    $ip link add bridge type bridge
+    $ip addr add "$network.1/24" dev bridge
+    $ip link set bridge up
+else
+    until $ip link show eth0 >/dev/null 2>&1; do sleep 0.01; done
+    $ip link set lo up
+    $ip addr add "$network.$((10 + ${name#n}))/24" dev eth0
+    $ip link set eth0 up
+    $ip route add default via "$network.1"
+fi
+munged --key-file="$place/munge.key" --socket=/run/munge/munge.socket.2 --pid-file=/run/munge/munged.pid \
+    --log-file="$place/log/munged.$name.log" --seed-file=/run/munge/seed --force
+if [ "$name" = login ]; then
+    slurmctld-wlm -D -i >"$place/log/slurmctld.out" 2>&1 &
+    touch "$place/log/login.up"
+else
+    slurmd-wlm -D -N "$name" -d /usr/sbin/slurmstepd-wlm >"$place/log/slurmd.$name.out" 2>&1 &
+fi
+set +e
+while true; do wait -n; [ $? = 127 ] && sleep 1; done # reaps orphans, and outlives its daemons

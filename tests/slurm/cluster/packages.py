@@ -1,0 +1,60 @@
+"""Debian's Slurm, unpacked beside the virtual environment and never installed: this machine stays without a Slurm."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+NAMES = (
+    *("slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "munge"),
+    *("libmunge2", "liblua5.1-0", "libhwloc15", "iproute2", "libbpf1", "libelf1", "libmnl0", "libcap2-bin"),
+)
+"""With the libraries that a machine without Slurm may lack."""
+
+DOWNLOAD_S = 120.0
+ROOT = Path(sys.prefix, "slurm")
+
+
+def unavailable() -> str:
+    """Say why there can be no Slurm here; "" = there can."""
+    for tool in ("apt-get", "dpkg", "unshare", "nsenter"):
+        if shutil.which(tool) is None:
+            return f"no {tool} here, so no Slurm of our own"
+    probe = subprocess.run([*new_namespaces(), "true"], capture_output=True, text=True, timeout=DOWNLOAD_S)
+    return f"this user may not make namespaces: {probe.stderr.strip()}" if probe.returncode else ""
+
+
+def new_namespaces() -> list[str]:
+    """Return the words that start a program in namespaces of its own, in which it is root of what is there."""
+    own = [] if os.geteuid() == 0 else ["--user", "--map-current-user", "--keep-caps"]
+    return ["unshare", *own, "--mount", "--net", "--uts", "--ipc", "--pid", "--fork", "--mount-proc", "--kill-child"]
+
+
+def unpack() -> Path:
+    """Return the folder with Slurm's files, fetched once; raises OSError when they cannot be had."""
+    if (ROOT / "complete").exists():
+        return ROOT
+    shutil.rmtree(ROOT, ignore_errors=True)
+    debs = ROOT / "debs"
+    debs.mkdir(parents=True)
+    lists = ROOT / "lists"
+    for options in ([], [f"-oDir::State::Lists={lists}", f"-oDir::Cache={ROOT}"]):  # the machine's own lists may be old
+        if options:
+            (lists / "partial").mkdir(parents=True)
+            _apt(debs, *options, "update")
+        if _apt(debs, *options, "download", *NAMES) == 0:
+            break
+    else:
+        raise OSError("Debian's Slurm packages cannot be fetched")
+    for deb in sorted(debs.glob("*.deb")):
+        subprocess.run(["dpkg", "-x", str(deb), str(ROOT)], check=True)
+    for name in ("debs", "lists"):
+        shutil.rmtree(ROOT / name, ignore_errors=True)
+    (ROOT / "complete").touch()
+    return ROOT
+
+
+def _apt(place: Path, *words: str) -> int:
+    done = subprocess.run(["apt-get", "-q", *words], cwd=place, capture_output=True, timeout=DOWNLOAD_S)
+    return done.returncode

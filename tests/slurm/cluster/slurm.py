@@ -1,0 +1,187 @@
+"""Bring up, break and take down a Slurm cluster: one login node and some compute nodes, all on this machine.
+
+Each is a set of namespaces: network, mounts, processes, host name. They share the disks, as nodes share a file system;
+/dev/shm, /run and the network are their own. All live inside those of the login node, so that they end with it, and
+nothing of them is ever seen outside.
+"""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tests.slurm.cluster.packages import new_namespaces, unpack
+
+UP_S = 30.0
+CALL_S = 60.0
+NETWORK = "10.183.0"
+HERE = Path(__file__).parent
+
+CONF = """\
+ClusterName=test
+SlurmctldHost=login({network}.1)
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=cred_expire=5
+CredType=cred/munge
+StateSaveLocation={place}/state
+SlurmdSpoolDir={place}/spool.%n
+SlurmctldPidFile=/run/slurmctld.pid
+SlurmdPidFile=/run/slurmd.pid
+SlurmctldLogFile={place}/log/slurmctld.log
+SlurmdLogFile={place}/log/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=sched_min_interval=0,batch_sched_delay=0,sched_interval=2,bf_interval=2
+SlurmdParameters=config_overrides
+ReturnToService=2
+SlurmdTimeout={slurmd_timeout_s}
+SlurmctldTimeout=10
+MessageTimeout=5
+TCPTimeout=2
+InactiveLimit=0
+KillWait=5
+MinJobAge=3600
+JobRequeue=1
+BatchStartTimeout=10
+UnkillableStepTimeout=15
+{nodes}
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+class Node:
+    """One compute node, or the login node: a process that is PID 1 of its namespaces."""
+
+    def __init__(self, name: str, init: int, starter: "subprocess.Popen[bytes]") -> None:
+        self.name = name
+        self.init = init
+        """Its PID 1, as this machine numbers it."""
+        self._starter = starter
+
+    @property
+    def alive(self) -> bool:
+        return self._starter.poll() is None
+
+    def end(self) -> None:
+        """End all that runs on it, as a crash does: nobody is told, and its network is gone."""
+        os.kill(self.init, signal.SIGKILL)
+        self._starter.wait()
+
+    def enter(self, words: Sequence[str], cwd: Path | None = None) -> list[str]:
+        """Return the command that runs `words` on this node."""
+        user = [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
+        spaces = ["--mount", "--net", "--uts", "--ipc", "--pid"]
+        there = ["sh", "-c", 'cd "$0" && exec "$@"', str(cwd or Path.cwd())]
+        return ["nsenter", f"--target={self.init}", *user, *spaces, *there, *words]
+
+
+class SlurmCluster:
+    """slurmctld on the login node, and a slurmd on each of the compute nodes n1, n2, ..."""
+
+    def __init__(self, place: Path, nodes: int, slurmd_timeout_s: int = 5) -> None:
+        self.place = place
+        self.names = [f"n{i}" for i in range(1, nodes + 1)]
+        for name in ("state", "log", "etc/slurm", *(f"spool.{name}" for name in self.names)):
+            (place / name).mkdir(parents=True)
+        key = place / "munge.key"
+        key.touch(0o600)
+        key.write_bytes(os.urandom(128))
+        import getpass
+
+        lines = [
+            f"NodeName={name} NodeAddr={self.address(name)} CPUs=4 RealMemory=4000 State=UNKNOWN" for name in self.names
+        ]
+        (place / "etc/slurm/slurm.conf").write_text(
+            CONF.format(
+                network=NETWORK,
+                user=getpass.getuser(),
+                place=place,
+                slurmd_timeout_s=slurmd_timeout_s,
+                nodes="\n".join(lines),
+            )
+        )
+        (place / "etc/slurm/cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+        hosts = [f"{NETWORK}.1 login", *(f"{self.address(name)} {name}" for name in self.names)]
+        (place / "etc/hosts").write_text("\n".join(["127.0.0.1 localhost", *hosts, ""]))
+        self.login = self._start("login", new_namespaces(), str(unpack()))
+        self.nodes: dict[str, Node] = {}
+        self._until(lambda: (place / "log/login.up").exists(), "the login node")
+        for name in self.names:
+            self.boot(name)
+        self._until(lambda: len(self.states("idle")) == nodes, "all nodes to be idle")
+
+    def address(self, name: str) -> str:
+        return f"{NETWORK}.{10 + int(name[1:])}"
+
+    def boot(self, name: str) -> None:
+        """Start a node, for the first time or again."""
+        words = self.login.enter(
+            ["unshare", *(w for w in new_namespaces()[1:] if not w.startswith(("--user", "--map-", "--keep")))]
+        )
+        node = self.nodes[name] = self._start(name, words)
+        user = [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
+        link = ["ip", "link", "add", f"v-{name}", "master", "bridge", "up", "type", "veth"]
+        there = ["nsenter", f"--target={self.login.init}", *user, "--mount", "--net"]
+        subprocess.run([*there, *link, "peer", "name", "eth0", "netns", str(node.init)], check=True)
+
+    def run(self, *words: str, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
+        """Run a command on the login node."""
+        return subprocess.run(self.login.enter(words, cwd), capture_output=True, text=True, timeout=CALL_S)
+
+    def states(self, state: str) -> list[str]:
+        """Return the nodes in a state, as sinfo has it."""
+        return self.run("sinfo", "-h", "-N", "-t", state, "-o", "%N").stdout.split()
+
+    def close(self) -> None:
+        self.login.end()  # and with it all that was started from it
+        for node in self.nodes.values():
+            node._starter.wait()
+
+    def _start(self, name: str, words: Sequence[str], *more: str) -> Node:
+        with (self.place / "log" / f"init.{name}.log").open("ab") as log:
+            starter = subprocess.Popen(
+                [
+                    "setpriv",
+                    "--pdeathsig=KILL",
+                    *words,
+                    "bash",
+                    str(HERE / "init.sh"),
+                    name,
+                    str(self.place),
+                    NETWORK,
+                    *more,
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        return Node(name, self._init_of(starter), starter)
+
+    def _init_of(self, starter: "subprocess.Popen[bytes]") -> int:
+        """Return the process that `unshare` started, which is PID 1 of the node."""
+        end = time.monotonic() + UP_S
+        while time.monotonic() < end:
+            pid = starter.pid
+            while children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+                (pid,) = map(int, children[:1])
+                if b"init.sh" in Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").split(b" ", 2)[1]:
+                    return pid
+            time.sleep(0.01)
+        raise AssertionError("the node did not start")
+
+    def _until(self, condition: Callable[[], object], what: str) -> None:
+        end = time.monotonic() + UP_S
+        while not condition():
+            assert time.monotonic() < end, f"waited in vain for {what}; see {self.place}/log"
+            time.sleep(0.05)
