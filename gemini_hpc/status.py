@@ -9,8 +9,8 @@ from unicodedata import category
 from gemini_hpc.analysis import timeline
 from gemini_hpc.cli import Parser, run_command
 from gemini_hpc.errors import parsing
+from gemini_hpc.runtime.living import is_alive
 from gemini_hpc.runtime.paths import open_run
-from gemini_hpc.runtime.processes import is_held
 from gemini_hpc.runtime.status_file import read_status
 from gemini_hpc.telemetry import read_events
 
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
     with parsing(f"the event log in {paths.run_dir / 'events'}"):
         recoveries = timeline.recoveries(read_events(paths.run_dir))
         told = timeline.table(recoveries) if recoveries else ""
-    status = {"run_dir": str(paths.run_dir), "alive": is_held(paths.lock), **read_status(paths)}
+    status = {"run_dir": str(paths.run_dir), "alive": is_alive(paths, run), **read_status(paths)}
     with parsing(str(paths.status)):
         status["age_s"] = round(max(0.0, time.time() - status["t"]), 1) if "t" in status else None
     with parsing(str(paths.status)):
@@ -57,7 +57,7 @@ def _printable(text: str) -> str:
 
 
 def _text(name: str, status: dict[str, Any]) -> str:
-    alive = "alive" if status["alive"] else "not running"
+    alive = {True: "alive", False: "not running", None: "Slurm does not say whether it runs"}[status["alive"]]
     if "generation" not in status:
         return f"{name}: {alive}, {status.get('state', 'no status yet')}"
     lines = [

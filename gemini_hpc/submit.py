@@ -24,8 +24,8 @@ from gemini_hpc.persist import manifest
 from gemini_hpc.progress import Progress
 from gemini_hpc.runtime.children import ATTACHED
 from gemini_hpc.runtime.fingerprint import fingerprint
+from gemini_hpc.runtime.living import note_job, whereabouts
 from gemini_hpc.runtime.paths import RunPaths
-from gemini_hpc.runtime.processes import is_held
 from gemini_hpc.runtime.status_file import read_status, update_status
 from gemini_hpc.slurm.script import job_script
 
@@ -136,9 +136,9 @@ def _resume(run_dir: Path, options: argparse.Namespace) -> tuple[Path, RunConfig
     site = options.site or before.site.name
     config = load_run(run_dir / CONFIG_FILE, options.overrides, options.nodes, options.spares, options.site)
     paths = RunPaths(run_dir.resolve(), Path(config.site.shm_dir))
-    if is_held(paths.lock):
+    if where := whereabouts(paths, before):
         raise UserError(
-            f"{run_dir} is being run already (site {site}); "
+            f"{run_dir} is being run already ({where}; site {site}); "
             f"watch it: python -m gemini_hpc.status {shlex.quote(str(run_dir))}"
         )
     try:
@@ -228,6 +228,10 @@ def _submit(run_dir: Path, config: RunConfig, needs: capacity.Needs | None, wait
     job = submit_job(config, run_dir)
     print(f"job      {job.id}")
     print(f"watch    python -m gemini_hpc.status {shown}")
+    if config.site.kind == "slurm":
+        note_job(RunPaths(run_dir.resolve(), Path(config.site.shm_dir)), job.id)
+        print(f"log      {job.log}")
+        print(f"cancel   scancel {job.id}")
     if not wait:
         print(f"resume   python -m gemini_hpc.submit --resume {shown}")
         return 0

@@ -146,9 +146,9 @@ class Drill(Section):
 
 
 def _one_drill(values: dict[str, Any]) -> tuple[Drill, ...]:
-    """Kill one node halfway, where the run is long enough and has nodes to show it with."""
+    """On this machine kill one node halfway, where the run is long enough and has nodes to show it with."""
     train, cluster = values["train"], values["cluster"]
-    if train.steps < 2 or cluster.spares < 1 or cluster.nodes < 2:
+    if values["site"].kind != "local" or train.steps < 2 or cluster.spares < 1 or cluster.nodes < 2:
         return ()
     return (Drill(step=train.steps // 2, rank=min(2, cluster.nodes - 1)),)
 
@@ -170,12 +170,12 @@ class RunConfig(Section):
     """how the state is kept safe"""
     recovery: RecoveryConfig = RecoveryConfig()
     """how failures are seen and repaired"""
-    drills: tuple[Drill, ...] = Field(default_factory=_one_drill)
-    """failures on purpose; by default one node is killed halfway, where there is a spare"""
-    verify: bool = True
-    """train the undisturbed reference after the run and compare all losses"""
     site: SiteConfig = SiteConfig()
     """where the run lives"""
+    drills: tuple[Drill, ...] = Field(default_factory=_one_drill)
+    """failures on purpose; by default one node is killed halfway, on the embedded cluster with a spare"""
+    verify: bool = Field(default_factory=lambda values: values["site"].kind == "local")
+    """train the undisturbed reference after the run and compare all losses; by default on the embedded cluster"""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

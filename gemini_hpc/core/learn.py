@@ -13,6 +13,7 @@ from gemini_hpc.core.messages import (
     HostLost,
     HostReady,
     Inventory,
+    NodeDrains,
     NodeExited,
     NodeUp,
     Parked,
@@ -101,6 +102,12 @@ def _on_node_up(turn: Turn, event: NodeUp) -> None:
 
 def _on_node_exited(turn: Turn, event: NodeExited) -> None:
     turn.evict(event.node, event.reason)
+
+
+def _on_node_drains(turn: Turn, event: NodeDrains) -> None:
+    if turn.cluster.members[event.node].drains is not event.drains:
+        turn.set_member(event.node, drains=event.drains)
+        turn.note("drain", target=event.node, drains=event.drains)
 
 
 def _on_disconnected(turn: Turn, event: Disconnected) -> None:
@@ -392,6 +399,7 @@ _OF_THE_CLUSTER: Handlers = {
 }
 _EVIDENCE: Handlers = {
     NodeExited: _on_node_exited,
+    NodeDrains: _on_node_drains,
     Disconnected: _on_disconnected,
 }
 _SAID: Handlers = {

@@ -221,6 +221,13 @@ class NodeExited(Event):
 
 
 @dataclass(frozen=True)
+class NodeDrains(Event):
+    """Slurm gives the node no new work, for it is to be repaired, or does again (`drains` is false)."""
+
+    drains: bool
+
+
+@dataclass(frozen=True)
 class WorldFailed(Event):
     """The launcher of MPI world `world` ended."""
 

@@ -139,8 +139,7 @@ def _gather(turn: Turn) -> None:
         deaf = plan.ranks[missing[0]]
         if recovery.has_substitute(cluster, deaf):
             turn.set_member(deaf, deaf=True)
-            turn.set(ranks={rank: node for rank, node in cluster.ranks.items() if node != deaf})
-            turn.open_generation(f"{deaf} could not read rank {missing[0]}; another takes its place")
+            turn.replace(deaf, f"{deaf} could not read rank {missing[0]}; another takes its place")
             return
         if cluster.published is None:  # rather than quietly from the beginning
             turn.save_and_stop(f"nobody could give rank {missing[0]} within {cluster.rules.gather_s:.0f} s")
@@ -258,8 +257,10 @@ def _run(turn: Turn) -> None:
     for want in cluster.missing:
         _pull(turn, want)
     if news:
-        _advance_safe(turn)
+        advanced = _advance_safe(turn)
         turn.set(examined=cluster.copies)
+        if advanced and _leave_draining(turn):
+            return
     _watch_hosts(turn)
     checkpoints.persist(turn)
     _end_run(turn)
@@ -284,10 +285,20 @@ def _watch_hosts(turn: Turn) -> None:
             turn.shun_host(node)
 
 
-def _advance_safe(turn: Turn) -> None:
+def _leave_draining(turn: Turn) -> bool:
+    """Move a rank off a node that Slurm drains, now that a step is safe: nothing is lost, and no death waited for."""
+    cluster = turn.cluster
+    for node in cluster.ranks.values():
+        if cluster.members[node].drains and recovery.has_substitute(cluster, node):
+            turn.replace(node, f"Slurm drains {node}; another takes its place")
+            return True
+    return False
+
+
+def _advance_safe(turn: Turn) -> bool:
     newest = replication.newest_safe(turn.cluster)
     if newest <= turn.cluster.safe_step:
-        return
+        return False
     # older copies are not forgotten until others take their places: perhaps some owner has overwritten its newer one
     turn.set(safe_step=newest, ahead_since=-1.0, misses={})
     for member in turn.alive:
@@ -296,6 +307,7 @@ def _advance_safe(turn: Turn) -> None:
     if turn.cluster.exposed:
         turn.set(exposed=False)
         turn.note("protected", step=newest, generation=turn.cluster.generation)
+    return True
 
 
 def _end_run(turn: Turn) -> None:

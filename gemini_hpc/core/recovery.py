@@ -37,7 +37,10 @@ def assign(cluster: Cluster) -> dict[int, str] | None:
                 # best one whose arena is empty: what an evicted node still holds is overwritten when it takes a rank
                 chosen = min(
                     fits,
-                    key=lambda member: (member.deaf, member.worker is not Worker.IDLE, bool(member.held), member.node),
+                    key=lambda member: (
+                        *(member.last_choice, member.worker is not Worker.IDLE, bool(member.held)),
+                        member.node,
+                    ),
                 )
                 spares.remove(chosen)
                 ranks[rank] = chosen.node
@@ -45,8 +48,8 @@ def assign(cluster: Cluster) -> dict[int, str] | None:
 
 
 def has_substitute(cluster: Cluster, node: str) -> bool:
-    """Whether a spare is left that may be able to read what `node` cannot."""
-    return any(not member.deaf for member in _spares(cluster, {*cluster.ranks.values(), node}))
+    """Whether a spare is left that is a better choice than `node`."""
+    return any(not member.last_choice for member in _spares(cluster, {*cluster.ranks.values(), node}))
 
 
 def _spares(cluster: Cluster, taken: Set[str]) -> list[Member]:

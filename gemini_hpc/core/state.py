@@ -67,7 +67,13 @@ class Member:
     snapshot_bytes: int = 0  # > 0: its arena exists
     host_world: int = 0  # the MPI world in which its window host is ready
     restarts: int = 0
-    deaf: bool = False  # it could not read a snapshot that it was to restore: the last choice for a rank
+    deaf: bool = False  # it could not read a snapshot that it was to restore
+    drains: bool = False  # Slurm wants to take it away
+
+    @property
+    def last_choice(self) -> bool:
+        """Whether any other node is to be preferred for a rank."""
+        return self.deaf or self.drains
 
 
 @dataclass(frozen=True)

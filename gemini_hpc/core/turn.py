@@ -121,6 +121,11 @@ class Turn:
                 self.order(Abort(member.node, cluster.generation))
         self.note("abort", generation=cluster.generation, reason=reason)
 
+    def replace(self, node: str, reason: str) -> None:
+        """Give the rank of a node, which lives on as a spare, to another."""
+        self.set(ranks={rank: name for rank, name in self.cluster.ranks.items() if name != node})
+        self.open_generation(reason)
+
     def welcome(self, node: str) -> None:
         """A node that was lost is back: it has nothing, and is a spare. Its old self is not heard any more."""
         if self.cluster.members[node].alive and self.cluster.members[node].held is not None:

@@ -26,6 +26,7 @@ from gemini_hpc.core.messages import (
     HostReady,
     Join,
     Lead,
+    NodeDrains,
     NodeExited,
     NodeUp,
     RequestVote,
@@ -187,7 +188,7 @@ class Agent:
 
     def _read_cluster(self) -> None:
         while (message := self._cluster.receive()) is not None:
-            if isinstance(message, (NodeUp, NodeExited, WorldFailed, Suspend)):
+            if isinstance(message, (NodeUp, NodeExited, NodeDrains, WorldFailed, Suspend)):
                 self._role.hear(message)
             elif isinstance(message, Finish):
                 self._events.emit("run", state=message.state, reason=message.reason)

@@ -21,7 +21,7 @@ import zmq
 
 from gemini_hpc.config import RunConfig
 from gemini_hpc.core.codec import Message
-from gemini_hpc.core.messages import Finish, NodeExited, Retire, StartWorld, WorldFailed
+from gemini_hpc.core.messages import Finish, NodeDrains, NodeExited, Retire, StartWorld, WorldFailed
 from gemini_hpc.errors import GeminiError
 from gemini_hpc.runtime.children import DYING_WITH_US, python
 from gemini_hpc.runtime.cluster import LOOPBACK, address_of, own_address
@@ -205,10 +205,10 @@ class Witness:
     def __init__(self, job: SlurmJob, nodes: tuple[str, ...]) -> None:
         self.wanted = threading.Event()
         self._job, self._nodes = job, nodes
-        self._told: queue.SimpleQueue[NodeExited] = queue.SimpleQueue()
+        self._told: queue.SimpleQueue[NodeExited | NodeDrains] = queue.SimpleQueue()
         threading.Thread(target=self._ask, daemon=True).start()
 
-    def next(self) -> NodeExited | None:
+    def next(self) -> NodeExited | NodeDrains | None:
         try:
             return self._told.get_nowait()
         except queue.Empty:
@@ -226,4 +226,6 @@ class Witness:
                 if state == "gone" and node not in gone:
                     gone.add(node)
                     self._told.put(NodeExited(node, "Slurm says that it is down"))
+                elif state != "gone":  # whoever leads hears it with each look, and perhaps did not lead before
+                    self._told.put(NodeDrains(node, state == "leaving"))
             time.sleep(ASK_S)

@@ -17,6 +17,7 @@ from gemini_hpc.core.codec import Message
 from gemini_hpc.core.messages import Finish, Lead, NodeExited, NodeUp, Retire, StartWorld, Suspend, WorldFailed
 from gemini_hpc.runtime.children import DYING_WITH_US, Child, python
 from gemini_hpc.runtime.cluster import CLUSTER, LOOPBACK, NODES, RETURNED, nodes_of, own_address
+from gemini_hpc.runtime.living import note_job
 from gemini_hpc.runtime.paths import RunPaths
 from gemini_hpc.runtime.processes import NODE_MARK, RUN_MARK, wait_exit
 from gemini_hpc.runtime.wire import Server, Wire
@@ -207,6 +208,7 @@ class SlurmNodes(Nodes):
 
     def __init__(self, paths: RunPaths, run: RunConfig) -> None:
         self._job = this_job(run.site.call_timeout_s)
+        note_job(paths, self._job.id)
         super().__init__(paths, run, own_address(run))
 
     def close(self) -> None:

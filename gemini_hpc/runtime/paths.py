@@ -40,6 +40,10 @@ class RunPaths:
         return self.run_dir / "status.json"
 
     @property
+    def job(self) -> Path:
+        return self.run_dir / "job.json"
+
+    @property
     def logs(self) -> Path:
         return self.run_dir / "logs"
 

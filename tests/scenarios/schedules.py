@@ -129,6 +129,7 @@ def _slow_disk(sim: Simulation, node: str, fault: Fault) -> None:
 
 FAULTS: dict[str, Act] = {
     "suspend": lambda sim, node, fault: sim.suspend(),
+    "drain": lambda sim, node, fault: sim.drain(node),
     "kill_node": lambda sim, node, fault: sim.kill_node(node),
     "kill_unseen": lambda sim, node, fault: sim.kill_node(node, seen=False),
     "kill_worker": lambda sim, node, fault: sim.kill_worker(node),
@@ -157,7 +158,7 @@ SORTS: dict[str, tuple[str, ...]] = {
     "coordinator": ("kill_node", "kill_unseen", "pause", "cut_off", "link", "kill_worker"),
     "partitions": ("cut_off", "one_way", "split", "split", "link", "kill_node", "pause"),
     "data": ("corrupt", "corrupt", "corrupt_file", "slow_disk", "crash_archiver", "hang_archiver", "kill_node"),
-    "suspensions": ("suspend", "suspend", "kill_node", "kill_worker", "hang_archiver", "slow_disk", "link"),
+    "suspensions": ("suspend", "drain", "drain", "kill_node", "kill_worker", "hang_archiver", "slow_disk", "link"),
     "returns": ("kill_node", "kill_node", "kill_worker", "pause", "link"),
     "disorder": ("kill_node", "kill_worker", "pause", "cut_off", "trouble", "crash_host"),
 }

@@ -255,6 +255,10 @@ class Simulation:
             self._tell_all(m.Suspend("", "the time limit is near"))
             self.after(SUSPEND_S, self.suspend)
 
+    def drain(self, name: str, drains: bool = True) -> None:
+        """The cluster gives the node no new work, or does again."""
+        self._tell_all(m.NodeDrains(name, drains))
+
     def end(self, outcome: str, reason: str) -> None:
         self.outcome, self.reason = outcome, reason
         if self.log is not None:

@@ -34,6 +34,68 @@ def tiers(cluster: Simulation, generation: int) -> list[str]:
     return [move["tier"] for move in plan_of(cluster, generation)["moves"]]
 
 
+# --- what the cluster announces ----------------------------------------------------------------------
+
+
+def test_a_run_that_is_to_be_suspended_saves_its_newest_step_and_ends() -> None:
+    cluster = started(persist_every=1000)
+    newest = cluster.cluster.safe_step
+    cluster.suspend()
+    cluster.run(Simulation.over)
+    assert (cluster.outcome, cluster.cluster.published is not None) == ("suspended", True)
+    assert max(cluster.manifests) >= newest
+    assert {order.node for order in cluster.ordered(m.Abort)} == {"n0", "n1", "n2", "n3"}  # nobody trains for nothing
+    assert "the time limit is near; the newest checkpoint is" in cluster.reason
+
+
+def test_it_is_suspended_before_it_has_begun() -> None:
+    cluster = Simulation().run(lambda c: c.leader is not None)
+    cluster.suspend()
+    cluster.run(Simulation.over)
+    assert (cluster.outcome, cluster.manifests) == ("suspended", {})
+
+
+def test_whoever_leads_next_suspends_it_too() -> None:
+    cluster = started()
+    cluster.suspend()
+    cluster.kill_node("n0")
+    cluster.run(Simulation.over)
+    assert cluster.outcome == "suspended" and cluster.manifests
+
+
+def test_a_node_that_is_drained_gives_its_rank_away_once_a_step_is_safe() -> None:
+    cluster = started()
+    cluster.drain("n1")
+    cluster.run(lambda c: c.cluster.generation == 2)
+    before = max(event["step"] for event in cluster.said("safe") if event["generation"] == 1)
+    assert plan_of(cluster, 2)["step"] >= before
+    assert {move["rank"]: move["node"] for move in plan_of(cluster, 2)["moves"]}[1] == "n4"
+    assert "Slurm drains n1" in cluster.said("abort")[0]["reason"]
+    finish(cluster)
+    assert not cluster.said("evict") and cluster.cluster.generation == 2
+    assert cluster.cluster.members["n1"].alive
+
+
+def test_without_another_node_it_keeps_its_rank_and_one_that_is_to_be_used_again_is_as_good_as_any() -> None:
+    cluster = started()
+    cluster.drain("n1")
+    cluster.drain("n4")
+    cluster.run_for(0.5)
+    assert cluster.cluster.generation == 1
+    cluster.drain("n4", False)
+    cluster.run(lambda c: c.cluster.generation == 2)
+    finish(cluster)
+    assert cluster.cluster.ranks[1] == "n4"
+
+
+def test_the_last_choice_is_a_choice() -> None:
+    cluster = started()
+    cluster.drain("n4")
+    cluster.kill_node("n1")
+    finish(cluster)
+    assert cluster.cluster.ranks[1] == "n4"
+
+
 # --- start and steady state -------------------------------------------------------------------------
 
 
