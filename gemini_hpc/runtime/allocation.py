@@ -46,8 +46,7 @@ LEAVING_S = 10.0
 
 SEE_OUT_POLL_S = 0.5
 ECHO_S = 10.0
-"""A supervisor that lives says within this time that it has heard of the end; each node waits so much longer than the
-one before it."""
+"""A supervisor that lives says within this time that it has heard of the end."""
 
 
 class Embedded:
@@ -142,21 +141,35 @@ class Allocation(Embedded):
     def see_out(self, end: Finish, is_cancelled: Callable[[], bool]) -> None:
         """Wait for the end of the job. It ends with its batch script; where that is gone, the first of us ends it."""
         self._end_world()
-        rounds = int(ECHO_S / SEE_OUT_POLL_S) * (1 + self._nodes.index(self._node))
-        batch_node, heard = self._nodes[0], False
+        rounds = int(ECHO_S / SEE_OUT_POLL_S)
+        closer, heard, claims = self._nodes[0], False, 0
         for number in count(1):
             word = super().receive()
             if isinstance(word, Retire) or is_cancelled():
                 return
             heard |= isinstance(word, Finish)
-            # one that lives, and whose node dies now, is given up when Slurm says so
-            if number % rounds == 0 and (not heard or self._state_of(batch_node) == "gone"):
-                break
+            # whoever closes lives, or has answered at least; should its node die, Slurm will say so
+            if number % rounds == 0 and ((not heard and not claims) or self._state_of(closer) == "gone"):
+                claims += 1
+                closer = self._claim_closing(claims)
+                if closer == self._node:
+                    break
             time.sleep(SEE_OUT_POLL_S)
         subprocess.run(
             [*python("gemini_hpc.runtime.supervisor", str(self._paths.run_dir)), "--close", end.state, end.reason],
             stdin=subprocess.DEVNULL,
         )
+
+    def _claim_closing(self, number: int) -> str:
+        """Return the node that closes the run after so many others were lost: the first one that said so."""
+        claim = self._paths.run_dir / "closing" / str(number)
+        try:
+            claim.parent.mkdir(exist_ok=True)
+            with claim.open("x") as file:
+                file.write(self._node)
+            return self._node
+        except FileExistsError:
+            return claim.read_text()
 
     def _state_of(self, node: str) -> str:
         try:

@@ -5,6 +5,7 @@ is swept by the next start. On Slurm it is the batch script's process, and the r
 """
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -64,6 +65,7 @@ def supervise(paths: RunPaths, run: RunConfig) -> int:
 def _train(paths: RunPaths, run: RunConfig) -> Finish:
     """Run the nodes until the run is over, and close it; on Slurm they stay until then: this one may die in between."""
     make_keys(paths.keys)
+    shutil.rmtree(paths.run_dir / "closing", ignore_errors=True)  # of a start before this one
     on_slurm = run.site.kind == "slurm"
     nodes: Nodes = (SlurmNodes if on_slurm else VirtualNodes)(paths, run)
     try:

@@ -1,0 +1,19 @@
+"""One Slurm cluster for all tests of this folder that ask for it."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.slurm.cluster import SlurmCluster, unavailable
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    if reason := unavailable():
+        pytest.skip(reason)
+    place = tmp_path_factory.mktemp("slurm")
+    cluster = SlurmCluster(place / "cluster", nodes=6)
+    try:
+        yield cluster
+    finally:
+        cluster.close()

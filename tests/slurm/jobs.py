@@ -1,0 +1,87 @@
+"""Runs that are jobs of a real Slurm, as the tests of this folder see them."""
+
+import json
+import re
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.cluster.runs import GONE_S, Run, command, until
+from tests.slurm.cluster import SlurmCluster
+
+SITE = """\
+kind: slurm
+runs_dir: {place}/runs
+timeout_min: 20
+signal_delay_s: 60
+cpus_per_task: 2
+"""
+
+LOOK_S = 0.5
+
+
+class SlurmRun(Run):
+    """One `submit` on the login node, and its job. Use as a context: at its end nothing of the run may be left."""
+
+    def __init__(self, cluster: SlurmCluster, place: Path, *settings: str, resume: Path | None = None) -> None:
+        self.cluster, self.place, self.shm = cluster, place, Path("/dev/shm")
+        site = place / "test.yaml"
+        site.write_text(SITE.format(place=place))
+        what = ["--resume", str(resume)] if resume else ["--site", str(site), "model.preset=tiny"]
+        done = cluster.run(*command("submit", *what, *settings), cwd=place)
+        assert done.returncode == 0, done.stderr
+        self.printed = done.stdout
+        self._run_dir = Path(re.search(r"^run +(.+)$", done.stdout, re.MULTILINE)[1])
+        self.job = re.search(r"^job +(\d+)$", done.stdout, re.MULTILINE)[1]
+        self._earlier = len(self.events()) if resume else 0
+        self._state, self._looked = "PENDING", 0.0
+
+    @property
+    def state(self) -> str:
+        """The job's, as squeue has it; "" when it is over."""
+        if time.monotonic() - self._looked > LOOK_S:
+            self._looked = time.monotonic()
+            self._state = self.cluster.run("squeue", "-h", "-o", "%T", "-j", self.job).stdout.strip()
+        return self._state
+
+    @property
+    def text(self) -> str:
+        return self.logs()
+
+    @property
+    def nodes(self) -> list[str]:
+        """Those that the job has now."""
+        names = self.cluster.run("squeue", "-h", "-o", "%N", "-j", self.job).stdout.strip()
+        return self.cluster.run("scontrol", "show", "hostnames", names).stdout.split() if names else []
+
+    def ended(self) -> bool:
+        return self.state == ""
+
+    def logs(self) -> str:
+        logs = [*self.paths.logs.glob("*.log"), *self.paths.logs.glob("submitit/*.out")]
+        return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-2000:]}" for path in logs)
+
+    def wait_for_end(self, status: int = 0, timeout_s: float = 240.0) -> None:
+        """Wait until the job has left the queue."""
+        until(self.ended, "the end of the job", timeout_s)
+
+    def note_mpi_files(self) -> None:
+        """They lie in the nodes' own memory, all of which is looked at."""
+
+    def leftovers(self) -> list[str]:
+        left = []
+        for node in self.cluster.nodes.values():
+            if node.alive:
+                words = ["sh", "-c", "ls -d /dev/shm/* 2>/dev/null; pgrep -af [g]emini_hpc"]
+                found = subprocess.run(node.enter(words), capture_output=True, text=True)
+                left += [f"{node.name}: {line}" for line in found.stdout.splitlines()]
+        return left
+
+    def destroy(self) -> None:
+        self.cluster.run("scancel", self.job)
+        until(self.ended, "the end of the cancelled job", GONE_S)
+
+    def status_of(self) -> dict[str, Any]:
+        """Return what `status --json` says on the login node."""
+        return json.loads(self.cluster.run(*command("status", str(self.run_dir), "--json")).stdout)

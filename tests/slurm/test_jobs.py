@@ -1,0 +1,83 @@
+"""Runs on a real Slurm: its nodes vanish, its jobs are cancelled, requeued and preempted."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.runs import GONE_S, START_S, command, reference_losses, until
+from tests.slurm.cluster import SlurmCluster
+from tests.slurm.jobs import SlurmRun
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+DOWN_S = 60.0
+AGAIN_S = 120.0
+"""A job that was requeued starts again after its credential has expired."""
+
+
+def shape(nodes: int, spares: int, steps: int) -> list[str]:
+    return [f"cluster.nodes={nodes}", f"cluster.spares={spares}", f"train.steps={steps}"]
+
+
+def test_the_first_node_dies_and_the_others_finish_and_end_the_job(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """With it go the batch script, the supervisor, the coordinator and a rank."""
+    with SlurmRun(cluster, tmp_path, *shape(3, 2, 150), "verify=true") as run:
+        run.wait_for_training(step=10)
+        first = run.nodes[0]
+        assert run.status["coordinator"] == first
+        cluster.nodes[first].end()
+        try:
+            run.wait_for("first_step", generation=run.wait_for("plan", at_least=10)["generation"])
+            run.wait_for_end()
+            assert run.status["state"] == "finished"
+            assert "to the last bit" in run.status["verdict"]
+            run.assert_identical_to(reference_losses(run.run_dir))
+            assert {event["target"] for event in run.events("evict")} == {first}
+            assert run.paths.report.exists()
+        finally:
+            until(lambda: first in cluster.states("down"), f"{first} to be down", DOWN_S)
+            cluster.boot(first)
+            until(lambda: first in cluster.states("idle"), f"{first} to be back", DOWN_S)
+
+
+def test_a_drained_node_is_left_and_before_the_time_limit_the_job_is_queued_again(
+    cluster: SlurmCluster, tmp_path: Path
+) -> None:
+    with SlurmRun(cluster, tmp_path, *shape(2, 1, 200), "verify=true") as run:
+        run.wait_for_training(step=10)
+        _, second, spare = run.nodes
+        cluster.run("scontrol", "update", f"nodename={second}", "state=drain", "reason=test")
+        try:
+            run.wait_for("promote", target=spare)
+            moved = run.wait_for("plan", at_least=10)
+            assert not run.events("evict")
+            run.wait_for("first_step", generation=moved["generation"])
+            cluster.run("scancel", "--signal=USR2", "--batch", run.job)
+            suspended = run.wait_for("run", node="cluster", state="suspended")
+            assert "the job is queued again" in suspended["reason"]
+            again = run.wait_for("run", AGAIN_S, node="cluster", state="started", since=suspended["t"])
+            assert again["step"] >= moved["step"]
+            refused = cluster.run(*command("submit", "--resume", str(run.run_dir)))
+            assert refused.returncode == 2 and f"as job {run.job}, RUNNING" in refused.stderr
+            run.wait_for("first_step", START_S, since=again["t"])
+            assert second not in run.nodes
+            assert run.status_of()["alive"] is True
+            run.wait_for_end()
+        finally:
+            cluster.run("scontrol", "update", f"nodename={second}", "state=resume")
+        assert "to the last bit" in run.status["verdict"]
+        assert run.status_of()["alive"] is False
+
+
+def test_a_cancelled_job_leaves_nothing_and_can_be_resumed(cluster: SlurmCluster, tmp_path: Path) -> None:
+    settings = [*shape(2, 0, 60), "protect.persist_every=10"]
+    with SlurmRun(cluster, tmp_path, *settings) as run:
+        run.wait_for("persisted", START_S)
+        assert cluster.run("scancel", run.job).returncode == 0
+        run.assert_nothing_is_left()
+        until(run.ended, "the end of the job", GONE_S)
+        assert run.status["state"] == "stopped"
+    with SlurmRun(cluster, tmp_path, resume=run.run_dir) as again:
+        again.wait_for_end()
+        assert again.status["state"] == "finished"
+        assert again.events("plan")[-1]["step"] >= 10
