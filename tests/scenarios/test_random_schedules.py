@@ -149,6 +149,22 @@ FOUND = {
         disorder=0.01,
         delay_s=0.02,
     ),
+    "a Pull of an older step of the same generation came late and took the place of a newer replica": Schedule(
+        "disorder",
+        (2, 1, 2),
+        (
+            Fault(0.6787, "crash_host", "n1"),
+            Fault(0.9031, "crash_host", "n2"),
+            Fault(0.9087, "pause", "n0", 27.972),
+        ),
+        seed=182146,
+        steps=7,
+        persist_every=2,
+        step_s=0.1,
+        persist_s=0.6,
+        pull_s=0.005,
+        disorder=0.1,
+    ),
 }
 """What seeds have found, by what went wrong; most have a test of their own as well, for delays change with the code."""
 
