@@ -1,5 +1,7 @@
 """The writing of checkpoints to the persistent tier: while training goes on, and of the newest step before the end."""
 
+from collections.abc import Collection
+
 from gemini_hpc.core.messages import Persist
 from gemini_hpc.core.recovery import newest_complete
 from gemini_hpc.core.turn import Turn
@@ -60,14 +62,34 @@ def save(turn: Turn) -> None:
         if not places:
             turn.finish("stopped", f"{cluster.stopping}; rank {rank} of step {cluster.persisting} could not be saved")
             return
-        asked_so_far = list(turn.cluster.savers.values())
-        # so that many write at once; who was asked before is asked again
-        first = min(places, key=lambda place: (asked_so_far.count(place), place))
-        node = asked if asked is not None and asked in places else first
+        node = _saver(turn, rank, places)
         copy = places[node]
         turn.order(Persist(node, rank, cluster.persisting, copy.area, copy.half, copy.nbytes, copy.checksum))
         sums = {**turn.cluster.persist_sums, rank: copy.checksum}
         turn.set(savers={**turn.cluster.savers, rank: node}, persist_sums=sums)
+
+
+def _saver(turn: Turn, rank: int, places: Collection[str]) -> str:
+    """Choose who writes: who failed least, else who was asked before, else so that many write at once."""
+    cluster = turn.cluster
+    asked = list(cluster.savers.values())
+
+    def cost(place: str) -> tuple[int, bool, int, str]:
+        failed = cluster.misses.get((rank, cluster.persisting, place), 0)
+        return failed, cluster.savers.get(rank) != place, asked.count(place), place
+
+    return min(places, key=cost)
+
+
+def try_another(turn: Turn, rank: int, failed: str) -> None:
+    """A node could not save a rank: ask one at once that failed less often; else all again, a moment later."""
+    cluster = turn.cluster
+    key = (rank, cluster.persisting, failed)
+    misses = {**cluster.misses, key: cluster.misses.get(key, 0) + 1}
+    turn.set(misses=misses)
+    places = cluster.copies.get((rank, cluster.persisting), {})
+    if any(misses.get((rank, cluster.persisting, place), 0) < misses[key] for place in places):
+        turn.set(savers={other: node for other, node in cluster.savers.items() if other != rank})
 
 
 def _ask_to_persist(turn: Turn) -> None:

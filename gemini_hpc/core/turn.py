@@ -172,6 +172,10 @@ class Turn:
         self.set(world=changed(world, state="lost", since=self.now, failures=failures), pulls={})
         self.note("world", number=number, state="lost", reason=reason)
 
+    def survey_again(self, **changes: Any) -> None:
+        """Have the persistent tier looked at anew; a look that is under way does not count any more."""
+        self.set(surveyed=False, survey=self.cluster.survey + 1, **changes)
+
     def add_copy(self, rank: int, at_step: int, node: str, copy: Copy) -> None:
         """It lies in the node's arena, and what lay in that place before does not any more."""
         held = self.cluster.copies.get((rank, at_step), {})

@@ -18,7 +18,7 @@ from gemini_hpc.config import RunConfig
 from gemini_hpc.core.codec import Message
 from gemini_hpc.core.messages import Finish, Lead, NodeExited, NodeUp, StartWorld, WorldFailed
 from gemini_hpc.errors import GeminiError
-from gemini_hpc.runtime.children import ATTACHED, DYING_WITH_US, Child
+from gemini_hpc.runtime.children import ATTACHED, DYING_WITH_US, NOT_WAITED_FOR, Child, open_log
 from gemini_hpc.runtime.closing import verify
 from gemini_hpc.runtime.cluster import CLUSTER, NODES, RETURNED, virtual_nodes
 from gemini_hpc.runtime.drills import missed
@@ -49,6 +49,8 @@ class Supervisor:
         self._server: Server = self._wire.listen("127.0.0.1")
         self._poller = zmq.Poller()
         self._poller.register(self._server.socket, zmq.POLLIN)
+        self._logs = {node: open_log(paths.logs / f"agent-{node}.log") for node in self._nodes}
+        self._windows_log = open_log(paths.logs / "windows.log")
         self._agents: dict[str, Child] = {}
         self._up: dict[str, NodeUp] = {}
         self._exited: dict[str, NodeExited] = {}
@@ -101,8 +103,7 @@ class Supervisor:
         marks = {RUN_MARK: self._paths.run_id, NODE_MARK: f"{self._paths.run_id}:{node}"}
         names = {CLUSTER: self._server.endpoint, NODES: ",".join(self._nodes), RETURNED: str(int(returned))}
         arguments = [str(self._paths.run_dir), node]
-        log = self._paths.logs / f"agent-{node}.log"
-        child = Child("gemini_hpc.runtime.agent", arguments, {**marks, **names}, log)
+        child = Child("gemini_hpc.runtime.agent", arguments, {**marks, **names}, self._logs[node])
         self._agents[node] = child
         self._poller.register(child.pidfd, zmq.POLLIN)
 
@@ -148,15 +149,17 @@ class Supervisor:
         command, environment = mpiexec_command(
             Path(sys.executable), self._paths.run_id, order.world, hosts, environment, self._run.site.interface
         )
-        with open(self._paths.logs / "windows.log", "ab") as output:
+        self._world_number = order.world
+        try:
             self._world = subprocess.Popen(
-                [*DYING_WITH_US, *command],
+                [*NOT_WAITED_FOR, *DYING_WITH_US, *command],
                 env=environment,
                 stdin=subprocess.DEVNULL,
-                stdout=output,
+                stdout=self._windows_log,
                 stderr=subprocess.STDOUT,
             )
-        self._world_number = order.world
+        except OSError as error:
+            self._tell_all(WorldFailed("", order.world, f"mpiexec could not be started ({error.strerror})"))
 
     def _watch_world(self) -> None:
         if self._world is not None and self._world.poll() is not None:
