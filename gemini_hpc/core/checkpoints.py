@@ -70,13 +70,14 @@ def save(turn: Turn) -> None:
 
 
 def _saver(turn: Turn, rank: int, places: Collection[str]) -> str:
-    """Choose who writes: who failed least, else who was asked before, else so that many write at once."""
+    """Choose who writes: who failed least and speaks, else who was asked before, else so that many write at once."""
     cluster = turn.cluster
     asked = list(cluster.savers.values())
 
-    def cost(place: str) -> tuple[int, bool, int, str]:
+    def cost(place: str) -> tuple[int, bool, bool, int, str]:
         failed = cluster.misses.get((rank, cluster.persisting, place), 0)
-        return failed, cluster.savers.get(rank) != place, asked.count(place), place
+        silent = bool(cluster.members[place].evidence)
+        return failed, silent, cluster.savers.get(rank) != place, asked.count(place), place
 
     return min(places, key=cost)
 

@@ -77,8 +77,9 @@ def _on_tick(turn: Turn, _: Tick) -> None:
     for member in turn.alive:
         if member.heard >= 0 and turn.now - member.heard > rules.heartbeat_timeout_s:
             turn.suspect(member.node, "heartbeat", f"silent for {turn.now - member.heard:.1f} s")
+    trusted = turn.trusts_silence()
     for member in turn.alive:
-        if member.evidence and turn.now - min(member.evidence.values()) > rules.suspect_s:
+        if member.evidence and trusted and turn.now - min(member.evidence.values()) > rules.suspect_s:
             turn.evict(member.node, f"{' and '.join(sorted(member.evidence))}, not heard of again")
         elif member.held is None and turn.now > member.due:
             turn.evict(member.node, "it did not report in time")
@@ -173,7 +174,7 @@ def _on_trouble(turn: Turn, event: Trouble) -> None:
         return
     turn.set(trouble_since=turn.now)
     turn.note("trouble", target=event.node, generation=event.generation, reason=event.reason)
-    for member in turn.alive:
+    for member in turn.alive if turn.trusts_silence() else ():
         if member.evidence:
             turn.evict(member.node, f"{' and '.join(member.evidence)}, and a peer's collective failed")
 

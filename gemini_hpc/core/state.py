@@ -67,6 +67,7 @@ class Member:
     snapshot_bytes: int = 0  # > 0: its arena exists
     host_world: int = 0  # the MPI world in which its window host is ready
     restarts: int = 0
+    votes: bool = True  # it has been there since the start
     deaf: bool = False  # it could not read a snapshot that it was to restore: the last choice for a rank
 
 

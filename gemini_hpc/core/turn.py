@@ -84,8 +84,18 @@ class Turn:
             return
         self.set_member(node, evidence={**member.evidence, kind: self.now})
         self.note("suspect", target=node, evidence=kind, reason=reason)
-        if self.cluster.trouble_since >= 0 or len(member.evidence) > 0:
+        if self.trusts_silence() and (self.cluster.trouble_since >= 0 or len(member.evidence) > 0):
             self.evict(node, f"{reason}, and a second witness agrees")
+
+    def trusts_silence(self) -> bool:
+        """Whether soft evidence may cost a node its place.
+
+        Not while most are suspected at once: then it is this node that was cut off, and its lease, or their next word,
+        will show it. And not while a run is saved: who is only silent may be the last to hold something.
+        """
+        voters = [member for member in self.alive if member.votes]
+        heard = [member for member in voters if not member.evidence]
+        return 2 * len(heard) > len(voters) and self.cluster.phase is not Phase.SAVING
 
     def evict(self, node: str, reason: str) -> None:
         """Hard evidence, or soft evidence that was confirmed: the node is out."""
@@ -122,7 +132,8 @@ class Turn:
         if self.cluster.members[node].alive and self.cluster.members[node].held is not None:
             self.evict(node, "its agent was started again")
         if not self.cluster.members[node].alive:
-            self._members[node] = Member(node, due=self.now + self.cluster.rules.build_s, worker_since=self.now)
+            due = self.now + self.cluster.rules.build_s
+            self._members[node] = Member(node, due=due, worker_since=self.now, votes=False)
             self.note("returned", target=node)
 
     def lose_worker(self, node: str, reason: str) -> None:

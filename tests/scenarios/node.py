@@ -401,7 +401,7 @@ class Node:
             self.tell(failure(order))
 
     def _from_child(self, message: m.Event) -> None:
-        if isinstance(message, m.Surveyed):
+        if isinstance(message, (m.Surveyed, m.Disconnected)):  # of its own lines and threads
             self.decide(message)
             return
         self.account.hear(message)

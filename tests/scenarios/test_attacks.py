@@ -244,6 +244,41 @@ def test_a_shard_that_one_holder_cannot_save_is_saved_by_the_other() -> None:
     assert cluster.cluster.published is not None, cluster.said("run")[-1]["reason"]
 
 
+def test_writes_that_fail_for_a_while_do_not_give_up_a_step_that_is_whole_in_memory() -> None:
+    """Nobody else holds it: the same node is asked again until it can."""
+    cluster = started(nodes=4, persist_every=1000)
+    newest, failed = cluster.cluster.safe_step, []
+
+    def fails(order: m.Command) -> bool:
+        failed.append(order)
+        return len(failed) <= 6
+
+    cluster.persist_fails = fails
+    cluster.kill_node("n3")
+    cluster.run(Simulation.over)
+    assert cluster.cluster.published is not None, cluster.said("run")[-1]["reason"]
+    assert cluster.cluster.published.step >= newest
+
+
+def test_an_archiver_that_died_a_moment_ago_does_not_either() -> None:
+    cluster = started(nodes=2, world_size=2, persist_every=1000)
+    newest = cluster.cluster.safe_step
+    cluster.nodes["n0"].end_archiver()
+    cluster.kill_node("n1")
+    cluster.run(Simulation.over)
+    assert cluster.cluster.published is not None, cluster.said("run")[-1]["reason"]
+    assert cluster.cluster.published.step >= newest
+
+
+def test_a_write_that_lost_its_node_makes_way_for_the_next_checkpoint() -> None:
+    cluster = started(persist_every=2)
+    cluster.persist_s = 3.0
+    cluster.run(lambda c: c.cluster.persisting >= 0)
+    cluster.kill_node("n2")
+    cluster.run(lambda c: bool(c.said("evict")))
+    assert cluster.cluster.persisting == -1
+
+
 def test_saving_may_take_as_long_as_a_checkpoint_may() -> None:
     cluster = started(nodes=4, join_s=2.0, finish_s=10.0)
     cluster.persist_s = 4.0

@@ -165,6 +165,17 @@ FOUND = {
         pull_s=0.005,
         disorder=0.1,
     ),
+    "a coordinator that was cut off for a moment evicted all the others at once": Schedule(
+        "coordinator",
+        (3, 3, 2),
+        (Fault(1.1424, "cut_off", COORDINATOR, 0.3933, "breaks"),),
+        seed=31684,
+        steps=5,
+        persist_every=100,
+        step_s=0.2,
+        persist_s=0.2,
+        pull_s=0.15,
+    ),
 }
 """What seeds have found, by what went wrong; most have a test of their own as well, for delays change with the code."""
 
