@@ -59,8 +59,12 @@ def save(turn: Turn) -> None:
         if rank in cluster.files or (asked is not None and cluster.members[asked].alive and not again):
             continue
         places = cluster.copies.get((rank, cluster.persisting), {})
-        if not places:
-            turn.finish("stopped", f"{cluster.stopping}; rank {rank} of step {cluster.persisting} could not be saved")
+        if not places:  # whoever held it died: an older step may still be whole
+            turn.save_newest()
+            turn.note("persist_failed", step=cluster.persisting, rank=rank, reason="nobody has it any more")
+            if turn.cluster.persisting == FRESH:
+                lost = f"rank {rank} of step {cluster.persisting} could not be saved"
+                turn.finish("stopped", f"{cluster.stopping}; {lost}")
             return
         node = _saver(turn, rank, places)
         copy = places[node]

@@ -216,11 +216,16 @@ class Turn:
         """The run cannot go on: save the newest complete step first, so that nothing is lost."""
         if self.cluster.phase is Phase.SAVING:
             return  # for the reason that came first
-        newest, origin = newest_complete(self.cluster.copies, self.cluster.rules.world_size)
-        wanted = newest > self.published_step()
-        self.set(copies=of_one_history(self.cluster.copies, newest, origin))
-        self.set(persisting=newest if wanted else FRESH, files={}, savers={}, stopping=reason)
+        self.set(stopping=reason)
         self.enter(Phase.SAVING)
+        self.save_newest()
+
+    def save_newest(self) -> None:
+        """Choose what is to be saved: the newest step that is complete in memory, if it is newer than on disk."""
+        newest, origin = newest_complete(self.cluster.copies, self.cluster.rules.world_size)
+        wanted = newest if newest > self.published_step() else FRESH
+        self.set(copies=of_one_history(self.cluster.copies, newest, origin), persisting=wanted)
+        self.set(files={}, savers={}, persist_sums={}, publisher="")
 
     def publish(self, node: str) -> None:
         """All files of the step that is being persisted are written: have its manifest written by `node`."""

@@ -176,6 +176,24 @@ FOUND = {
         persist_s=0.2,
         pull_s=0.15,
     ),
+    "what was being saved was lost with its only holder, and an older step that was whole was not saved": Schedule(
+        "returns",
+        (4, 1, 2),
+        (
+            Fault(0.5354, "kill_node", "n4", 2.5107),
+            Fault(1.3477, "pause", "n1", 2.4576),
+            Fault(1.3647, "pause", "n1", 1.1165),
+            Fault(1.8069, "pause", "n3", 12.8259),
+            Fault(3.471, "kill_node", "n4", 0.7286),
+            Fault(4.1055, "kill_node", "n1", 1.6639),
+        ),
+        seed=10708,
+        steps=5,
+        persist_every=2,
+        step_s=0.2,
+        persist_s=0.2,
+        return_s=0.5,
+    ),
 }
 """What seeds have found, by what went wrong; most have a test of their own as well, for delays change with the code."""
 
