@@ -70,7 +70,10 @@ def _text(name: str, status: dict[str, Any]) -> str:
     if status["waiting_for"]:
         lines.append(f"waiting for {status['waiting_s']} s for: " + ", ".join(status["waiting_for"]))
     if status["alive"] and status["age_s"] > SILENT_S:
-        lines.append(f"nobody has led this run for {status['age_s']:.0f} s: a node that a majority answers is awaited")
+        lines.append(
+            f"no word of this run for {status['age_s']:.0f} s: a node that a majority answers is awaited, to lead it; "
+            "or the run directory, to be written to (full, or its file system hangs)"
+        )
     if not status["alive"] or status["state"] in AFTER_TRAINING:
         lines.append("the nodes, when the training ended:")
     for node in status["nodes"]:

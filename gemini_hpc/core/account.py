@@ -27,9 +27,8 @@ from gemini_hpc.core.messages import (
 from gemini_hpc.core.state import term_of
 from gemini_hpc.core.types import FRESH
 
-_OF_A_GENERATION = (Join, Safe, Pull, Load)
-_FOR_A_GENERATION = (RestartWorker, Retire)
-"""The orders that an overtaken copy of would do harm. The others name what they are about, and it is no more."""
+_OF_A_GENERATION = (Join, Safe, Pull, Load, RestartWorker, Retire)
+"""The orders that do harm when they come late or twice. The others name what they are about, and it is no more."""
 
 
 class Account:
@@ -42,6 +41,9 @@ class Account:
         self.generation = 0  # that it was last told to join, as `rank`
         self.rank = -1
         self.fence = 0  # the newest generation of which there was an order
+        self._pulled: dict[
+            tuple[int, int], tuple[int, int]
+        ] = {}  # (area, half) -> generation and step of the last Pull
         self.built_rank = -1
         self.store = ""
         self.snapshot_bytes = 0  # > 0: the arena exists
@@ -67,17 +69,19 @@ class Account:
 
     def is_stale(self, order: Command) -> bool:
         """Whether an order was on its way for so long that it has been overtaken by a later term or generation."""
-        if not isinstance(order, _OF_A_GENERATION + _FOR_A_GENERATION):
+        if not isinstance(order, _OF_A_GENERATION):
             return False
-        if term_of(order.generation) != self._informed[1]:
+        if term_of(order.generation) != self._informed[1] or order.generation < self.fence:
             return True
-        if isinstance(order, _FOR_A_GENERATION):
-            return order.generation <= self.generation  # which it was to precede
-        return order.generation < self.fence
+        if isinstance(order, (RestartWorker, Retire, Load)) or (isinstance(order, Pull) and order.area == 0):
+            return order.generation <= self.generation  # the Join of which it was to precede
+        # in a generation what is pulled to a place only grows newer
+        last = self._pulled.get((order.area, order.half)) if isinstance(order, Pull) else None
+        return last is not None and (order.generation, order.step) < last
 
     def role_of(self, order: Command) -> str:
         """Take note of an order; return the process that carries it out: worker, host or archiver; "" = none."""
-        if isinstance(order, _OF_A_GENERATION):
+        if isinstance(order, (Join, Safe, Pull, Load)):
             self.fence = max(self.fence, order.generation)
         if isinstance(order, Safe):
             if order.generation == self.generation:
@@ -90,6 +94,8 @@ class Account:
             # perhaps back behind the safe step of before: nothing is safe until the coordinator says so again
             self.safe_step = FRESH
             return "worker"
+        if isinstance(order, Pull):
+            self._pulled[order.area, order.half] = (order.generation, order.step)
         if isinstance(order, (Pull, Gone)):
             return "host" if order.world == self.host_world else ""  # else of a world that is no more
         return "worker" if isinstance(order, Abort) else "archiver"

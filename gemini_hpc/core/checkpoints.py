@@ -1,5 +1,7 @@
 """The writing of checkpoints to the persistent tier: while training goes on, and of the newest step before the end."""
 
+from collections.abc import Collection
+
 from gemini_hpc.core.messages import Persist
 from gemini_hpc.core.recovery import newest_complete
 from gemini_hpc.core.turn import Turn
@@ -59,19 +61,42 @@ def save(turn: Turn) -> None:
         if rank in cluster.files or (asked is not None and cluster.members[asked].alive and not again):
             continue
         places = cluster.copies.get((rank, cluster.persisting), {})
-        if not places:
-            turn.finish(
-                cluster.stops_as, f"{cluster.stopping}; rank {rank} of step {cluster.persisting} could not be saved"
-            )
+        if not places:  # whoever held it died: an older step may still be whole
+            turn.save_newest()
+            turn.note("persist_failed", step=cluster.persisting, rank=rank, reason="nobody has it any more")
+            if turn.cluster.persisting == FRESH:
+                lost = f"rank {rank} of step {cluster.persisting} could not be saved"
+                turn.finish(cluster.stops_as, f"{cluster.stopping}; {lost}")
             return
-        asked_so_far = list(turn.cluster.savers.values())
-        # so that many write at once; who was asked before is asked again
-        first = min(places, key=lambda place: (asked_so_far.count(place), place))
-        node = asked if asked is not None and asked in places else first
+        node = _saver(turn, rank, places)
         copy = places[node]
         turn.order(Persist(node, rank, cluster.persisting, copy.area, copy.half, copy.nbytes, copy.checksum))
         sums = {**turn.cluster.persist_sums, rank: copy.checksum}
         turn.set(savers={**turn.cluster.savers, rank: node}, persist_sums=sums)
+
+
+def _saver(turn: Turn, rank: int, places: Collection[str]) -> str:
+    """Choose who writes: who failed least and speaks, else who was asked before, else so that many write at once."""
+    cluster = turn.cluster
+    asked = list(cluster.savers.values())
+
+    def cost(place: str) -> tuple[int, bool, bool, int, str]:
+        failed = cluster.misses.get((rank, cluster.persisting, place), 0)
+        silent = bool(cluster.members[place].evidence)
+        return failed, silent, cluster.savers.get(rank) != place, asked.count(place), place
+
+    return min(places, key=cost)
+
+
+def try_another(turn: Turn, rank: int, failed: str) -> None:
+    """A node could not save a rank: ask one at once that failed less often; else all again, a moment later."""
+    cluster = turn.cluster
+    key = (rank, cluster.persisting, failed)
+    misses = {**cluster.misses, key: cluster.misses.get(key, 0) + 1}
+    turn.set(misses=misses)
+    places = cluster.copies.get((rank, cluster.persisting), {})
+    if any(misses.get((rank, cluster.persisting, place), 0) < misses[key] for place in places):
+        turn.set(savers={other: node for other, node in cluster.savers.items() if other != rank})
 
 
 def _ask_to_persist(turn: Turn) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from gemini_hpc.core import checkpoints
 from gemini_hpc.core.messages import (
     Abort,
     Copied,
@@ -78,8 +79,9 @@ def _on_tick(turn: Turn, _: Tick) -> None:
     for member in turn.alive:
         if member.heard >= 0 and turn.now - member.heard > rules.heartbeat_timeout_s:
             turn.suspect(member.node, "heartbeat", f"silent for {turn.now - member.heard:.1f} s")
+    trusted = turn.trusts_silence()
     for member in turn.alive:
-        if member.evidence and turn.now - min(member.evidence.values()) > rules.suspect_s:
+        if member.evidence and trusted and turn.now - min(member.evidence.values()) > rules.suspect_s:
             turn.evict(member.node, f"{' and '.join(sorted(member.evidence))}, not heard of again")
         elif member.held is None and turn.now > member.due:
             turn.evict(member.node, "it did not report in time")
@@ -144,8 +146,8 @@ def _on_inventory(turn: Turn, event: Inventory) -> None:
 def _on_surveyed(turn: Turn, event: Surveyed) -> None:
     cluster = turn.cluster
     below = cluster.survey_below
-    if cluster.surveyed or (below is not None and event.step >= below):
-        return
+    if cluster.surveyed or event.number != cluster.survey:
+        return  # of a survey that began before something changed
     waited_for = (
         cluster.phase is Phase.FORMING and newest_complete(cluster.copies, cluster.rules.world_size)[0] == FRESH
     )
@@ -184,7 +186,7 @@ def _on_trouble(turn: Turn, event: Trouble) -> None:
         return
     turn.set(trouble_since=turn.now)
     turn.note("trouble", target=event.node, generation=event.generation, reason=event.reason)
-    for member in turn.alive:
+    for member in turn.alive if turn.trusts_silence() else ():
         if member.evidence:
             turn.evict(member.node, f"{' and '.join(member.evidence)}, and a peer's collective failed")
 
@@ -260,7 +262,7 @@ def _on_copied(turn: Turn, event: Copied) -> None:
         _take_copy(turn, event, 0)
         failures = turn.cluster.misses.get((event.rank, event.step, ""), 0)
         if failures > turn.cluster.rules.max_restarts:
-            turn.set(surveyed=False, survey_below=event.step, published=None)
+            turn.survey_again(survey_below=event.step, published=None)
             turn.open_generation(f"rank {event.rank} of step {event.step} cannot be loaded: {event.reason}")
 
 
@@ -356,9 +358,8 @@ def _on_persisted(turn: Turn, event: Persisted) -> None:
         return  # of an order that was given up, perhaps of another history
     if not event.ok:
         turn.note("persist_failed", step=event.step, rank=event.rank, reason=event.reason)
-        if cluster.phase is Phase.SAVING:  # another holder may be able to
-            turn.drop_copy(event.rank, event.step, event.node)
-            turn.set(savers={rank: node for rank, node in cluster.savers.items() if rank != event.rank})
+        if cluster.phase is Phase.SAVING:
+            checkpoints.try_another(turn, event.rank, event.node)
         else:
             turn.end_persist(failed=True)
         return
@@ -373,7 +374,7 @@ def _on_persisted(turn: Turn, event: Persisted) -> None:
 def _on_published(turn: Turn, event: Published) -> None:
     if event.step != turn.cluster.persisting or len(turn.cluster.files) < turn.cluster.rules.world_size:
         if event.ok and event.step > turn.published_step():  # ordered by a coordinator before, or in an attempt before
-            turn.set(surveyed=False)
+            turn.survey_again()
         return
     if not event.ok and turn.cluster.phase is Phase.SAVING:
         turn.note("persist_failed", step=event.step, reason=event.reason)

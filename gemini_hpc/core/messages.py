@@ -237,8 +237,12 @@ class WorldFailed(Event):
 
 @dataclass(frozen=True)
 class Surveyed(Event):
-    """The newest checkpoint of the persistent tier (-1: none), with its files: rank -> [name, bytes, checksum]."""
+    """The newest checkpoint of the persistent tier (-1: none), with its files: rank -> [name, bytes, checksum].
 
+    `number` is that of the survey that was wanted when it began: it may have taken long.
+    """
+
+    number: int
     step: int
     files: Mapping[str, Any]
 

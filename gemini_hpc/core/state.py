@@ -67,6 +67,7 @@ class Member:
     snapshot_bytes: int = 0  # > 0: its arena exists
     host_world: int = 0  # the MPI world in which its window host is ready
     restarts: int = 0
+    votes: bool = True  # it has been there since the start
     deaf: bool = False  # it could not read a snapshot that it was to restore
     drains: bool = False  # Slurm wants to take it away
 
@@ -150,6 +151,7 @@ class Cluster:
     term: int = 1  # in which its coordinator leads
     begun: bool = False  # whether any worker was ever told to join
     surveyed: bool = False  # whether the persistent tier was looked at
+    survey: int = 0  # the number of the survey that is wanted, or was done
     survey_below: int | None = None  # the checkpoint of this step proved to be damaged, and so did those after it
     counted: bool = False  # whether what the members reported has been put together
     phase: Phase = Phase.FORMING
@@ -199,7 +201,7 @@ class Cluster:
 
 
 NUMBERS_OF_A_TERM = 1_000_000
-"""So many generations, and MPI worlds, a coordinator may number in its term: the second one begins with 1,000,001.
+"""So many generations, MPI worlds and surveys a coordinator may number in its term: the second begins with 1,000,001.
 
 No two coordinators ever use the same number, and a newer one's are higher, though neither need know the other's.
 """
@@ -227,7 +229,7 @@ def new_cluster(
     if silent:
         members[silent] = changed(members[silent], evidence={"heartbeat": now})
     before = (term - 1) * NUMBERS_OF_A_TERM
-    return Cluster(rules, members, term, phase_since=now, generation=before, worlds=before)
+    return Cluster(rules, members, term, phase_since=now, generation=before, worlds=before, survey=before)
 
 
 def next_persist(rules: Rules, step: int) -> int:

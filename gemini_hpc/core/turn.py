@@ -84,8 +84,18 @@ class Turn:
             return
         self.set_member(node, evidence={**member.evidence, kind: self.now})
         self.note("suspect", target=node, evidence=kind, reason=reason)
-        if self.cluster.trouble_since >= 0 or len(member.evidence) > 0:
+        if self.trusts_silence() and (self.cluster.trouble_since >= 0 or len(member.evidence) > 0):
             self.evict(node, f"{reason}, and a second witness agrees")
+
+    def trusts_silence(self) -> bool:
+        """Whether soft evidence may cost a node its place.
+
+        Not while most are suspected at once: then it is this node that was cut off, and its lease, or their next word,
+        will show it. And not while a run is saved: who is only silent may be the last to hold something.
+        """
+        voters = [member for member in self.alive if member.votes]
+        heard = [member for member in voters if not member.evidence]
+        return 2 * len(heard) > len(voters) and self.cluster.phase is not Phase.SAVING
 
     def evict(self, node: str, reason: str) -> None:
         """Hard evidence, or soft evidence that was confirmed: the node is out."""
@@ -131,7 +141,8 @@ class Turn:
         if self.cluster.members[node].alive and self.cluster.members[node].held is not None:
             self.evict(node, "its agent was started again")
         if not self.cluster.members[node].alive:
-            self._members[node] = Member(node, due=self.now + self.cluster.rules.build_s, worker_since=self.now)
+            due = self.now + self.cluster.rules.build_s
+            self._members[node] = Member(node, due=due, worker_since=self.now, votes=False)
             self.note("returned", target=node)
 
     def lose_worker(self, node: str, reason: str) -> None:
@@ -181,6 +192,10 @@ class Turn:
         self.set(world=changed(world, state="lost", since=self.now, failures=failures), pulls={})
         self.note("world", number=number, state="lost", reason=reason)
 
+    def survey_again(self, **changes: Any) -> None:
+        """Have the persistent tier looked at anew; a look that is under way does not count any more."""
+        self.set(surveyed=False, survey=self.cluster.survey + 1, **changes)
+
     def add_copy(self, rank: int, at_step: int, node: str, copy: Copy) -> None:
         """It lies in the node's arena, and what lay in that place before does not any more."""
         held = self.cluster.copies.get((rank, at_step), {})
@@ -211,11 +226,16 @@ class Turn:
         if self.cluster.phase in (Phase.SAVING, Phase.FINISHED):
             return  # for the reason that came first
         self._abort(reason)
-        newest, origin = newest_complete(self.cluster.copies, self.cluster.rules.world_size)
-        wanted = newest > self.published_step()
-        self.set(copies=of_one_history(self.cluster.copies, newest, origin))
-        self.set(persisting=newest if wanted else FRESH, files={}, savers={}, stopping=reason, stops_as=stops_as)
+        self.set(stopping=reason, stops_as=stops_as)
         self.enter(Phase.SAVING)
+        self.save_newest()
+
+    def save_newest(self) -> None:
+        """Choose what is to be saved: the newest step that is complete in memory, if it is newer than on disk."""
+        newest, origin = newest_complete(self.cluster.copies, self.cluster.rules.world_size)
+        wanted = newest if newest > self.published_step() else FRESH
+        self.set(copies=of_one_history(self.cluster.copies, newest, origin), persisting=wanted)
+        self.set(files={}, savers={}, persist_sums={}, publisher="")
 
     def publish(self, node: str) -> None:
         """All files of the step that is being persisted are written: have its manifest written by `node`."""

@@ -78,7 +78,7 @@ class Agent:
         )
         self._server = self._wire.listen(self._cluster.address)
         self._poller = zmq.Poller()
-        self._household = Household(paths, node, self._poller)
+        self._household = Household(paths, node, self._poller, self._wire.tally)
         paths.arena(node).unlink(missing_ok=True)  # of this node's life before, if it had one
         self._account = Account(node)
         self._arena: Arena | None = None
@@ -144,12 +144,12 @@ class Agent:
             self._over = True
         self._archiving.watch(now)
         self._watch_worker(now)
-        if self._wire.tally != self._told_tally:
-            self._told_tally = replace(self._wire.tally)
-            self._events.emit("turned_away", **vars(self._told_tally))
         if now - self._said_again > REPEAT_S:
             self._said_again = now
             self._say_again()
+            if self._wire.tally != self._told_tally:
+                self._told_tally = replace(self._wire.tally)
+                self._events.emit("turned_away", **vars(self._told_tally))
 
     def _say_again(self) -> None:
         """A line may have broken, and a message with it: repeat what is told only once. And see that all is there."""
@@ -204,6 +204,8 @@ class Agent:
                     self._inform(message)
             elif isinstance(message, Command) and sender == self._seat.leader and message.node == self._node:
                 self._obey(message)
+            else:
+                self._wire.tally.stale += 1
 
     def _inform(self, lead: Lead) -> None:
         """Tell a new coordinator what there is on this node."""
@@ -217,6 +219,7 @@ class Agent:
 
     def _obey(self, order: Command) -> None:
         if self._account.is_stale(order):
+            self._wire.tally.stale += 1
             return
         if isinstance(order, Finish):
             self._cluster.send(Finish("", order.state, order.reason))  # the coordinator's own word may not arrive

@@ -23,7 +23,7 @@ from gemini_hpc.config import RunConfig
 from gemini_hpc.core.codec import Message
 from gemini_hpc.core.messages import Finish, NodeDrains, NodeExited, Retire, StartWorld, WorldFailed
 from gemini_hpc.errors import GeminiError
-from gemini_hpc.runtime.children import DYING_WITH_US, python
+from gemini_hpc.runtime.children import DYING_WITH_US, NOT_WAITED_FOR, open_log, python
 from gemini_hpc.runtime.cluster import LOOPBACK, address_of, own_address
 from gemini_hpc.runtime.paths import RunPaths
 from gemini_hpc.runtime.processes import RunLock, sweep
@@ -99,6 +99,8 @@ class Allocation(Embedded):
         self._job = this_job(run.site.call_timeout_s)
         self._world: subprocess.Popen[bytes] | None = None
         self._world_number = 0
+        self._failed = ""  # why the world is no more
+        self._windows_log = open_log(paths.logs / "windows.log")
         self._witness = Witness(self._job, nodes)
         self._lock = RunLock(paths.lock)
         self._claim()
@@ -121,8 +123,10 @@ class Allocation(Embedded):
 
     def receive(self) -> Message | None:
         if self._world is not None and (status := self._world.poll()) is not None:
-            self._world = None
-            return WorldFailed("", self._world_number, f"its step ended with status {status}")
+            self._world, self._failed = None, f"its step ended with status {status}"
+        if self._failed:
+            failed, self._failed = self._failed, ""
+            return WorldFailed("", self._world_number, failed)
         return super().receive() or self._witness.next()
 
     def ask(self, wanted: bool) -> None:
@@ -187,17 +191,18 @@ class Allocation(Embedded):
         paths, site = self._paths, self._run.site
         here = HostSpec(THIS_NODE, paths.arena(THIS_NODE), paths.socket(THIS_NODE))
         program = step_command(Path(sys.executable), paths.run_id, order.world, here)
-        log = paths.logs / "windows.log"
-        step = self._job.step(order.members, log, "--mpi=pmi2", "--job-name=gemini-windows")
-        with open(log, "ab") as output:
+        step = self._job.step(order.members, paths.logs / "windows.log", "--mpi=pmi2", "--job-name=gemini-windows")
+        self._world_number = order.world
+        try:
             self._world = subprocess.Popen(
-                [*DYING_WITH_US, "/usr/bin/env", *step, *program],
+                [*NOT_WAITED_FOR, *DYING_WITH_US, "/usr/bin/env", *step, *program],
                 env=step_environment(os.environ) | mpi_environment(site.interface or network_interface()),
                 stdin=subprocess.DEVNULL,
-                stdout=output,
+                stdout=self._windows_log,
                 stderr=subprocess.STDOUT,
             )
-        self._world_number = order.world
+        except OSError as error:
+            self._failed = f"srun could not be started ({error.strerror})"
 
     def _end_world(self) -> None:
         """End the step; a host whose node is cut off leaves when its agent takes another one in."""

@@ -31,8 +31,9 @@ class Archiving:
 
     def end_loads(self) -> None:
         """Make sure that nothing more is loaded into the arena: what was wanted is in it, or is not wanted any more."""
-        if any(isinstance(order, Load) for _, order in self._orders):
-            self._restart("a load was overtaken")
+        loads = [order for _, order in self._orders if isinstance(order, Load)]
+        if loads:
+            self._restart("a load was overtaken", loads)
 
     def greet(self) -> None:
         """It has connected: give it what was ordered before it was up."""
@@ -52,14 +53,14 @@ class Archiving:
     def watch(self, now: float) -> None:
         """Kill one that hangs, follow one that died."""
         if self._orders and now - self._orders[0][0] > self._bound_s:
-            self._restart(f"no answer within {self._bound_s:.0f} s")
-        elif 0 < self._due <= now:
-            self._restart("it died")
+            self._restart(f"no answer within {self._bound_s:.0f} s", [order for _, order in self._orders])
+        elif 0 < self._due <= now:  # perhaps of what it was doing; the rest is for the next one
+            self._restart("it died", [order for _, order in self._orders[:1]])
 
-    def _restart(self, reason: str) -> None:
-        failed, self._orders = self._orders, []
+    def _restart(self, reason: str, failed: list[Command]) -> None:
+        self._orders = [(time.monotonic(), order) for _, order in self._orders if order not in failed]
         self._due = 0.0
-        for _, order in failed:
+        for order in failed:
             self._tell(_failure(order, f"the archiver failed: {reason}"))
         self._household.start("archiver", MODULE)
 

@@ -19,6 +19,8 @@ class Channel:
 
     def __init__(self, line: socket.socket) -> None:
         self._line = line
+        self.spoke_nonsense = False
+        """Whether the other side sent what is no message."""
         line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_PACKET_BYTES)  # the kernel doubles it
 
     @classmethod
@@ -46,7 +48,10 @@ class Channel:
         try:
             raw = self._line.recv(MAX_PACKET_BYTES)
             return decode(raw) if raw else None
-        except (OSError, MessageError):
+        except MessageError:
+            self.spoke_nonsense = True
+            return None
+        except OSError:
             return None
 
     def close(self) -> None:

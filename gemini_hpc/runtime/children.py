@@ -32,19 +32,30 @@ def python(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-u", "-m", module, *arguments]
 
 
+NOT_WAITED_FOR = ["/bin/sh", "-c", 'exec "$@"', "sh"]
+"""A program started behind these words may lie on a file system that hangs: its starter waits for the shell alone."""
+
+
+def open_log(path: Path) -> int:
+    """Open a file for the output of processes, once for all that will be started; it is lost where that fails."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+
+
 class Child:
     """A process that this one started and watches."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-        """Start `command` with `environment` added to this process's; its output is appended to `log`."""
-        with open(log, "ab") as output:
-            self._process = subprocess.Popen(
-                command,
-                env={**os.environ, **environment, PARENT: str(os.getpid())},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: int) -> None:
+        """Start `command`, its output to the open file `log`, with `environment` added. Raises OSError."""
+        self._process = subprocess.Popen(
+            [*NOT_WAITED_FOR, *command],
+            env={**os.environ, **environment, PARENT: str(os.getpid())},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
         self.pid = self._process.pid
         self.pidfd = os.pidfd_open(self.pid)
 

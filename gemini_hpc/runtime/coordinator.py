@@ -56,13 +56,16 @@ class Coordinator:
         self._poller: zmq.Poller | None = None
         self._status = StatusThread(paths)
         self._surveys: queue.SimpleQueue[Surveyed] = queue.SimpleQueue()
-        self._surveying = False
+        self._surveying = -1  # the number of the survey that is under way, or was the last
         self._last_status = 0.0
         self._shown: tuple[Any, ...] = ()
         self._progress: dict[str, float] = {}
 
     def hear(self, event: Event) -> None:
         """Take what the cluster or an agent says."""
+        cluster = self._seat.cluster
+        if cluster is not None and getattr(event, "generation", cluster.generation) < cluster.generation:
+            self._wire.tally.stale += 1  # of the past: it changes nothing
         if isinstance(event, NodeUp):
             self._hang_up(event.node)
             self._endpoints[event.node] = event.endpoint
@@ -81,6 +84,8 @@ class Coordinator:
             while (message := line.receive()) is not None:
                 if isinstance(message, Event) and message.node == node:
                     self.hear(message)
+                else:
+                    self._wire.tally.stale += 1
             if line.broke():
                 self.hear(Disconnected(node))
         while not self._surveys.empty():
@@ -88,12 +93,12 @@ class Coordinator:
         now = time.monotonic()
         self._carry_out(self._seat.tick(now))
         cluster = self._seat.cluster
-        if cluster is not None and not cluster.surveyed and not self._surveying:
-            self._surveying = True
-            threading.Thread(target=self._survey, args=(cluster.survey_below,), daemon=True).start()
+        if cluster is not None and not cluster.surveyed and self._surveying != cluster.survey:
+            self._surveying = cluster.survey
+            threading.Thread(target=self._survey, args=(cluster.survey, cluster.survey_below), daemon=True).start()
         self._show(now)
 
-    def _survey(self, below: int | None) -> None:
+    def _survey(self, number: int, below: int | None) -> None:
         """Look for the newest checkpoint (before step `below`); in a thread, for the shared file system may hang."""
         while True:
             try:
@@ -103,8 +108,7 @@ class Coordinator:
                 self._events.emit("survey_failed", reason=str(error))
                 time.sleep(SURVEY_S)
         files = {str(f.rank): [f.name, f.nbytes, f.checksum] for f in found.files} if found else {}
-        self._surveys.put(Surveyed("", found.step if found else FRESH, files))
-        self._surveying = False
+        self._surveys.put(Surveyed("", number, found.step if found else FRESH, files))
 
     def _carry_out(self, orders: list[Command]) -> None:
         for order in orders:

@@ -9,11 +9,13 @@ import zmq
 from gemini_hpc.core.codec import Message
 from gemini_hpc.core.messages import Hello
 from gemini_hpc.runtime.channel import Channel, Listener
-from gemini_hpc.runtime.children import Child, python
+from gemini_hpc.runtime.children import Child, open_log, python
 from gemini_hpc.runtime.paths import RunPaths
 from gemini_hpc.runtime.processes import NODE_MARK, RUN_MARK, kill, state_of, wait_exit
+from gemini_hpc.runtime.wire import Tally
 
-ROLES = ("worker", "host", "archiver")
+WORKER, ARCHIVER = "worker", "archiver"
+ROLES = (WORKER, "host", ARCHIVER)
 MAX_STRANGERS = 16
 """So many may be connected without having said who they are; the oldest goes when another comes."""
 
@@ -39,20 +41,27 @@ class Household:
     All of them connect to the agent's socket and say hello; the newest of each role counts.
     """
 
-    def __init__(self, paths: RunPaths, node: str, poller: zmq.Poller) -> None:
+    def __init__(self, paths: RunPaths, node: str, poller: zmq.Poller, tally: Tally) -> None:
+        self._tally = tally
         self._paths, self._node, self._poller = paths, node, poller
         self._listener = Listener(paths.socket(node))
         self._strangers: list[Channel] = []  # connected, not introduced yet
         self._lines: dict[str, Channel] = {}
         self._children: dict[str, Child] = {}
+        self._unborn: list[tuple[str, str]] = []  # could not be started: role, and why
+        self._logs = {role: open_log(paths.logs / f"{role}-{node}.log") for role in (WORKER, ARCHIVER)}
         poller.register(self._listener, zmq.POLLIN)
 
     def start(self, role: str, module: str, **environment: str) -> None:
         """Start `python -m module RUN_DIR NODE` in place of what has this role now."""
         self.end(role)
         marks = {RUN_MARK: self._paths.run_id, NODE_MARK: f"{self._paths.run_id}:{self._node}"}
-        log = self._paths.logs / f"{role}-{self._node}.log"
-        child = Child(python(module, str(self._paths.run_dir), self._node), {**marks, **environment}, log)
+        command = python(module, str(self._paths.run_dir), self._node)
+        try:
+            child = Child(command, {**marks, **environment}, self._logs[role])
+        except OSError as error:
+            self._unborn.append((role, f"it could not be started ({error.strerror})"))
+            return
         self._children[role] = child
         self._poller.register(child.pidfd, zmq.POLLIN)
 
@@ -85,6 +94,9 @@ class Household:
 
     def news(self) -> Iterator[tuple[str, News]]:
         """Yield what was said and what ended, as (role, news): a word of each role, its end after its last."""
+        while self._unborn:
+            role, why = self._unborn.pop()
+            yield role, ProcessEnded(why)
         ready = dict(self._poller.poll(0))
         speaking = {role: line for role, line in self._lines.items() if line.fileno() in ready}
         strangers = [line for line in self._strangers if line.fileno() in ready]
@@ -116,6 +128,7 @@ class Household:
     def _introduce(self, line: Channel, hello: Message | None) -> Iterator[tuple[str, News]]:
         self._strangers.remove(line)
         if not isinstance(hello, Hello) or hello.role not in ROLES or hello.node != self._node:
+            self._tally.refused += line.spoke_nonsense or hello is not None
             self._poller.unregister(line.fileno())
             line.close()
             return
@@ -127,6 +140,7 @@ class Household:
     def _read(self, role: str, line: Channel) -> Iterator[tuple[str, News]]:
         message = line.receive()
         if message is None:
+            self._tally.refused += line.spoke_nonsense
             self._hang_up(role)
             yield role, LineEnded()
         else:

@@ -15,7 +15,7 @@ import zmq
 from gemini_hpc.config import RunConfig
 from gemini_hpc.core.codec import Message
 from gemini_hpc.core.messages import Finish, Lead, NodeExited, NodeUp, Retire, StartWorld, Suspend, WorldFailed
-from gemini_hpc.runtime.children import DYING_WITH_US, Child, python
+from gemini_hpc.runtime.children import DYING_WITH_US, NOT_WAITED_FOR, Child, open_log, python
 from gemini_hpc.runtime.cluster import CLUSTER, LOOPBACK, NODES, RETURNED, nodes_of, own_address
 from gemini_hpc.runtime.living import note_job
 from gemini_hpc.runtime.paths import RunPaths
@@ -42,6 +42,7 @@ class Nodes(ABC):
         self._server: Server = self._wire.listen(address)
         self._poller = zmq.Poller()
         self._poller.register(self._server.socket, zmq.POLLIN)
+        self._logs = {node: open_log(paths.logs / f"agent-{node}.log") for node in self._names}
         self._agents: dict[str, Child] = {}
         self._up: dict[str, NodeUp] = {}
         self._exited: dict[str, NodeExited] = {}
@@ -101,12 +102,9 @@ class Nodes(ABC):
     def _start(self, node: str, returned: bool = False) -> None:
         marks = {RUN_MARK: self._paths.run_id, NODE_MARK: f"{self._paths.run_id}:{node}"}
         names = {CLUSTER: self._server.endpoint, NODES: ",".join(self._names), RETURNED: str(int(returned))}
-        child = Child(self._command(node, marks | names), {}, self._log(node))
+        child = Child(self._command(node, marks | names), {}, self._logs[node])
         self._agents[node] = child
         self._poller.register(child.pidfd, zmq.POLLIN)
-
-    def _log(self, node: str) -> Path:
-        return self._paths.logs / f"agent-{node}.log"
 
     def _lose(self, node: str) -> None:
         """Tell everybody that a node is gone."""
@@ -145,6 +143,7 @@ class VirtualNodes(Nodes):
         self._return_at: dict[str, float] = {}  # when a lost node comes back
         self._world: subprocess.Popen[bytes] | None = None
         self._world_number = 0
+        self._windows_log = open_log(paths.logs / "windows.log")
         super().__init__(paths, run, LOOPBACK)
 
     def _command(self, node: str, environment: dict[str, str]) -> list[str]:
@@ -181,15 +180,17 @@ class VirtualNodes(Nodes):
         command, environment = mpiexec_command(
             Path(sys.executable), self._paths.run_id, order.world, hosts, environment, self._run.site.interface
         )
-        with open(self._paths.logs / "windows.log", "ab") as output:
+        self._world_number = order.world
+        try:
             self._world = subprocess.Popen(
-                [*DYING_WITH_US, *command],
+                [*NOT_WAITED_FOR, *DYING_WITH_US, *command],
                 env=environment,
                 stdin=subprocess.DEVNULL,
-                stdout=output,
+                stdout=self._windows_log,
                 stderr=subprocess.STDOUT,
             )
-        self._world_number = order.world
+        except OSError as error:
+            self._tell_all(WorldFailed("", order.world, f"mpiexec could not be started ({error.strerror})"))
 
     def _watch_world(self) -> None:
         if self._world is not None and self._world.poll() is not None:
@@ -219,6 +220,6 @@ class SlurmNodes(Nodes):
     def _command(self, node: str, environment: dict[str, str]) -> list[str]:
         # not into srun's own environment: whoever looks for the node's processes is not to find it
         told = [f"{name}={value}" for name, value in environment.items()]
-        step = self._job.step([node], self._log(node), "--job-name=gemini-agent")
+        step = self._job.step([node], self._paths.logs / f"agent-{node}.log", "--job-name=gemini-agent")
         agent = python("gemini_hpc.runtime.agent", str(self._paths.run_dir), node)
         return [*DYING_WITH_US, "/usr/bin/env", *step, "env", *told, *agent]

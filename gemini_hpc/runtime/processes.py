@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gemini_hpc.runtime.paths import lock_path
 
-RUN_MARK = "GEMINI_RUN_DEV"
+RUN_MARK = "GEMINI_RUN"
 NODE_MARK = "GEMINI_NODE"
 
 _PR_SET_PDEATHSIG = 1

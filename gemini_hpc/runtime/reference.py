@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 
-from gemini_hpc.runtime.children import PARENT, Child, python
+from gemini_hpc.runtime.children import PARENT, Child, open_log, python
 from gemini_hpc.runtime.paths import RunPaths, open_run
 from gemini_hpc.runtime.processes import RUN_MARK, die_with_parent
 
@@ -42,14 +42,16 @@ def start(paths: RunPaths, world_size: int) -> list[Child]:
     paths.reference.mkdir(exist_ok=True)
     for name in ("rendezvous", "losses.jsonl"):
         (paths.reference / name).unlink(missing_ok=True)
-    return [
-        Child(
-            python("gemini_hpc.runtime.reference", str(paths.run_dir)),
-            {RUN_MARK: paths.run_id, RANK: str(rank)},
-            paths.logs / f"reference-{rank}.log",
-        )
-        for rank in range(world_size)
-    ]
+    return [_start(paths, rank) for rank in range(world_size)]
+
+
+def _start(paths: RunPaths, rank: int) -> Child:
+    log = open_log(paths.logs / f"reference-{rank}.log")
+    try:
+        environment = {RUN_MARK: paths.run_id, RANK: str(rank)}
+        return Child(python("gemini_hpc.runtime.reference", str(paths.run_dir)), environment, log)
+    finally:
+        os.close(log)
 
 
 def main() -> None:

@@ -40,7 +40,10 @@ class Tally:
     """What the sockets of one process turned away since its start. The numbers only grow."""
 
     refused: int = 0
-    """Frames from somebody who has the keys that were none of our messages, or came under no proper name."""
+    """Frames from somebody who has the keys that were none of our messages, or came under no proper name; and what
+    came over the node's own socket that was no message, or from nobody who belongs there."""
+    stale: int = 0
+    """Messages that came too late, or to the wrong node: orders of an earlier term or generation, words of the past."""
     strangers: int = 0
     """Connections whose other end did not show that it has the keys."""
     unsent: int = 0

@@ -143,7 +143,7 @@ def test_without_a_majority_nobody_acts_and_status_says_so(
         for pid in agents:
             os.kill(pid, signal.SIGSTOP)
         decided = len(run.events("evict")) + len(run.events("plan"))
-        words = "nobody has led this run for" if leader_too else "a majority of the nodes to answer"
+        words = "no word of this run for" if leader_too else "a majority of the nodes to answer"
         until(lambda: words in call("status", str(run.run_dir)).stdout, words, EVENT_S)
         assert len(run.events("evict")) + len(run.events("plan")) == decided
         for pid in agents:

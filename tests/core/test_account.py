@@ -89,7 +89,15 @@ def test_orders_of_an_older_generation_are_stale(order: m.Command, newer: m.Comm
     assert account.is_stale(order)
 
 
-@pytest.mark.parametrize("order", [m.RestartWorker("n0", 2), m.Retire("n0", 2)])
+@pytest.mark.parametrize(
+    "order",
+    [
+        m.RestartWorker("n0", 2),
+        m.Retire("n0", 2),
+        m.Load("n0", 2, 0, 5, 0, 0, "x", 1),
+        changed(PULL, generation=2, area=0),
+    ],
+)
 def test_what_was_ordered_before_a_generation_is_stale_in_it(order: m.Command) -> None:
     account = account_in_term(1)
     account.role_of(join(1))
@@ -97,6 +105,16 @@ def test_what_was_ordered_before_a_generation_is_stale_in_it(order: m.Command) -
     assert not account.is_stale(order)
     account.role_of(join(2))
     assert account.is_stale(order)
+
+
+def test_what_is_pulled_to_a_place_grows_newer_in_a_generation() -> None:
+    account = account_in_term(1)
+    account.role_of(join(1))
+    account.role_of(changed(PULL, step=7))
+    assert account.is_stale(changed(PULL, step=5))
+    assert not account.is_stale(changed(PULL, step=7)) and not account.is_stale(changed(PULL, step=9))
+    assert not account.is_stale(changed(PULL, step=5, half=1 - PULL.half))
+    assert not account.is_stale(changed(PULL, step=5, generation=2))
 
 
 def test_what_ends_an_old_generation_is_never_stale() -> None:

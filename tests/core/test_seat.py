@@ -1,5 +1,7 @@
 """One agent's seat, and a few of them at one table: who decides, on what, and with which numbers."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -49,7 +51,12 @@ class Table:
     def report(self, to: str, *nodes: str, **changes: Any) -> None:
         for node in nodes:
             self.hear(to, inventory(node, **{"term": self.seats[to].election.term} | changes))
-        self.hear(to, m.Surveyed("", -1, {}))
+        self.survey(to)
+
+    def survey(self, to: str, step: int = -1, files: Mapping[str, Any] = MappingProxyType({})) -> None:
+        cluster = self.seats[to].cluster
+        assert cluster is not None
+        self.hear(to, m.Surveyed("", cluster.survey, step, files))
 
 
 def inventory(node: str, **changes: Any) -> m.Inventory:
@@ -80,7 +87,7 @@ def test_the_first_seat_leads_and_only_it_knows_a_cluster() -> None:
 def test_nothing_is_planned_before_all_who_live_have_reported_and_the_checkpoints_are_known() -> None:
     table = Table(3)
     seat = table.lead()
-    for event in (inventory("n0"), inventory("n1"), m.Surveyed("", -1, {})):
+    for event in (inventory("n0"), inventory("n1"), m.Surveyed("", 0, -1, {})):
         table.hear("n0", event)
         assert seat.cluster is not None
         assert seat.cluster.plan is None
@@ -184,7 +191,7 @@ def test_what_a_busy_worker_holds_is_taken_over_and_it_is_told_to_leave_its_grou
     held = tuple((0, 0, rank, 7, 1, 9, 100 + rank) for rank in (0, 1))
     table.hear("n1", inventory("n1", term=2, worker="busy", generation=1, rank=0, held=(held[0],)))
     table.hear("n1", inventory("n2", term=2, worker="busy", generation=1, rank=1, held=(held[1],)))
-    table.hear("n1", m.Surveyed("", 4, {"0": ["a", 1, 1], "1": ["b", 1, 1]}))
+    table.survey("n1", 4, {"0": ["a", 1, 1], "1": ["b", 1, 1]})
     assert kinds(table.orders)[:2] == ["Abort", "Abort"]
     table.run(3.0)
     cluster = table.seats["n1"].cluster
@@ -201,7 +208,7 @@ def test_of_two_that_say_they_have_a_rank_the_newer_one_has_it() -> None:
     table.run(2 * LEASE_S)
     table.hear("n1", inventory("n1", term=2, worker="busy", generation=1, rank=0))
     table.hear("n1", inventory("n2", term=2, worker="busy", generation=2, rank=0))
-    table.hear("n1", m.Surveyed("", -1, {}))
+    table.survey("n1")
     table.run(3.0)
     cluster = table.seats["n1"].cluster
     assert cluster is not None
@@ -216,7 +223,7 @@ def test_a_copy_in_the_place_of_a_replica_is_not_restored_but_fetched() -> None:
     table.run(2 * LEASE_S)
     table.hear("n1", inventory("n1", term=2, worker="idle", generation=2, rank=1, held=((0, 0, 1, 7, 1, 9, 101),)))
     table.hear("n1", inventory("n2", term=2, worker="idle", generation=1, rank=1, held=((1, 0, 0, 7, 1, 9, 100),)))
-    table.hear("n1", m.Surveyed("", -1, {}))
+    table.survey("n1")
     table.run(3.0)
     cluster = table.seats["n1"].cluster
     assert cluster is not None

@@ -6,7 +6,7 @@ I3  No plan goes behind a safe step while every rank's snapshot of it lies intac
     losses of fewer than m nodes of each group, once the coordinator noted a step to be safe, never reach the
     persistent tier.)
 I4  In a generation the orders of one coordinator in one term are obeyed, no node goes back to the orders of an older
-    one, and at any time one node at most may act.
+    one; at any time one node at most may act, and nobody orders anything who may not.
 I5  A run that stops has saved what was safe; one that has finished has published its last step, or says that it could
     not; one that fails over a damaged checkpoint has none that is whole. What else I5 and I6 ask is in `schedules`.
 """
@@ -77,6 +77,9 @@ class Invariants:
             raise Broken(f"the checkpoint of step {after.published.step} without all its files")
         if not orders:
             return
+        real = [order for order in orders if not isinstance(order, (m.Note, m.Lead, m.RequestVote))]
+        if real and not node.seat.election.may_act(node.clock()):
+            raise Broken(f"I4: {node.name} orders {real[0]} without a majority")
         joins = [order for order in orders if isinstance(order, m.Join)]
         if joins:
             self._joined(after, joins)
@@ -132,7 +135,7 @@ class Invariants:
         saved = cluster.published.step if cluster.published else FRESH
         for at_step, checksums in self._safe.items():
             whole = all(self._survives(cluster, rank, at_step, checksum) for rank, checksum in checksums.items())
-            if saved < at_step and whole and "could not be saved" not in reason:
+            if saved < at_step and whole and "could not be saved in time" not in reason:
                 raise Broken(f"I5: stopped with step {saved} saved, though step {at_step} is whole: {reason}")
 
     def _nobody_can_read(self) -> bool:

@@ -170,6 +170,8 @@ class Archiver:
             at = (order.generation, order.rank, order.step, "", order.area, order.half, NBYTES, order.checksum)
             return m.Copied(node.name, *at, ok, "" if ok else "it is not the file that its manifest names", 0.1)
         assert isinstance(order, m.Publish)
+        if sim.persist_fails(order):
+            return m.Published(node.name, order.step, "", False, "the manifest could not be written")
         sim.publish(order)
         return m.Published(node.name, order.step, f"checkpoints/step-{order.step}", True, "")
 
@@ -186,7 +188,7 @@ class Node:
         self.seat = Seat(sim.rules, name, BEAT_S, self.started, returned=life > 0)
         self._lives: dict[str, int] = {}  # which life of each node is at the endpoint that the cluster told
         self._callers: dict[str, int] = {}  # and which one called last
-        self._surveying = False
+        self._surveying = -1
         self.account = Account(name)
         self.worker: Worker | None = None
         self.arena: dict[tuple[int, int], Content] = {}
@@ -234,15 +236,19 @@ class Node:
             self.leave()
             return
         hung = self.archiving and now - self.archiving[0][0] > ARCHIVE_S
-        if hung or 0 < self._archiver_due <= now:
-            self._restart_archiver()
+        if hung:
+            self._restart_archiver([order for _, order in self.archiving])
+        elif 0 < self._archiver_due <= now:
+            self._restart_archiver([order for _, order in self.archiving[:1]])
         if now > self._said_again + REPEAT_S:
             self._said_again = now
             self._say_again()
         self.decide(TICK)
-        if self.seat.cluster is not None and not self.seat.cluster.surveyed and not self._surveying:
-            self._surveying = True
-            self.sim.after(self.sim.some(self.sim.survey_s), self._surveyed)
+        cluster = self.seat.cluster
+        if cluster is not None and not cluster.surveyed and self._surveying != cluster.survey:
+            self._surveying = cluster.survey
+            found = self.sim.survey(cluster.survey, cluster.survey_below)  # as it was when it was looked at
+            self.sim.after(self.sim.some(self.sim.survey_s), self.from_child, found)
 
     def _say_again(self) -> None:
         """A line may have broken, and a message with it: repeat what is told only once."""
@@ -334,16 +340,12 @@ class Node:
     def built_rank(self) -> int:
         return min(self.sim.rules.nodes.index(self.name), self.sim.rules.world_size - 1)
 
-    def _surveyed(self) -> None:
-        self._surveying = False
-        if self.up:
-            below = self.seat.cluster.survey_below if self.seat.cluster is not None else None
-            self.from_child(self.sim.survey(below))
-
     def _obey(self, order: m.Command) -> None:
         if self.account.is_stale(order) or not self.sim.obeys(self, order):
             return
         if isinstance(order, (m.Finish, m.Retire)):
+            if isinstance(order, m.Finish):  # the coordinator's own word may not arrive
+                self.say_to_cluster(m.Finish("", order.state, order.reason))
             self.leave()
         elif isinstance(order, m.RestartWorker):
             self.start_worker()
@@ -351,8 +353,9 @@ class Node:
             self._pass_on(self.account.role_of(order), order)
 
     def _pass_on(self, role: str, order: m.Command) -> None:
-        if isinstance(order, m.Join) and any(isinstance(waiting, m.Load) for _, waiting in self.archiving):
-            self._restart_archiver()
+        loads = [waiting for _, waiting in self.archiving if isinstance(waiting, m.Load)]
+        if isinstance(order, m.Join) and loads:
+            self._restart_archiver(loads)
         if role == "worker" and self.worker is not None:
             assert isinstance(order, (m.Join, m.Abort))
             self.worker.take(order)
@@ -388,16 +391,17 @@ class Node:
         self.archiver.alive = False
         self._archiver_due = self.clock() + RESTART_S
 
-    def _restart_archiver(self) -> None:
-        failed, self.archiving = self.archiving, []
+    def _restart_archiver(self, failed: list[m.Command]) -> None:
+        self.archiving = [(self.clock(), order) for _, order in self.archiving if order not in failed]
         self._archiver_due = 0.0
         self.archiver.alive = False
         self.archiver = Archiver(self)
-        for _, order in failed:
+        self.archiver.next()
+        for order in failed:
             self.tell(failure(order))
 
     def _from_child(self, message: m.Event) -> None:
-        if isinstance(message, m.Surveyed):
+        if isinstance(message, (m.Surveyed, m.Disconnected)):  # of its own lines and threads
             self.decide(message)
             return
         self.account.hear(message)

@@ -59,17 +59,23 @@ class Schedule:
     def nodes(self) -> tuple[str, ...]:
         return tuple(f"n{i}" for i in range(self.shape[0] + self.shape[1]))
 
+    def keeps_majority(self) -> bool:
+        """Whether a majority can speak at all times, and be heard within the short bounds of a simulation.
+
+        What is lost: nodes, as many as there are such faults.
+        """
+        lost = sum(fault.kind in COSTLY for fault in self.faults)
+        apart = any(fault.kind == "split" for fault in self.faults)
+        return not apart and self.delay_s < 0.1 and 2 * (sum(self.shape[:2]) - lost) > sum(self.shape[:2])
+
     def must_finish(self) -> bool:
-        """I5: enough spares, and a majority that can speak. What is lost: nodes, as many as there are such faults."""
+        """I5: enough spares, and a majority that can speak."""
         lost = sum(fault.kind in COSTLY for fault in self.faults)
         return (
             not self.disorder
-            and self.delay_s < 0.1
             and lost <= self.shape[1]
-            and 2 * (sum(self.shape[:2]) - lost) > sum(self.shape[:2])
-            and not any(
-                fault.kind in ("corrupt_file", "split", "suspend") or fault.other == CLUSTER for fault in self.faults
-            )
+            and self.keeps_majority()
+            and not any(fault.kind in ("corrupt_file", "suspend") or fault.other == CLUSTER for fault in self.faults)
         )
 
 
@@ -127,6 +133,12 @@ def _slow_disk(sim: Simulation, node: str, fault: Fault) -> None:
     sim.persist_s, sim.survey_s = 0.7, 0.5
 
 
+def _bad_disk(sim: Simulation, node: str, fault: Fault) -> None:
+    """For a while every other write to the persistent tier fails."""
+    until = sim.now + fault.seconds
+    sim.persist_fails = lambda order: sim.now < until and sim.chance(0.5)
+
+
 FAULTS: dict[str, Act] = {
     "suspend": lambda sim, node, fault: sim.suspend(),
     "drain": lambda sim, node, fault: sim.drain(node),
@@ -147,6 +159,7 @@ FAULTS: dict[str, Act] = {
     "corrupt": _corrupt,
     "corrupt_file": _corrupt_file,
     "slow_disk": _slow_disk,
+    "bad_disk": _bad_disk,
 }
 COSTLY = ("kill_node", "kill_unseen", "pause", "cut_off", "one_way", "split", "link")
 """They may cost a node."""
@@ -154,11 +167,17 @@ COSTLY = ("kill_node", "kill_unseen", "pause", "cut_off", "one_way", "split", "l
 PROCESSES = ("kill_worker", "hang_worker", "trouble", "crash_host", "hang_host", "crash_archiver", "hang_archiver")
 SORTS: dict[str, tuple[str, ...]] = {
     "single": tuple(kind for kind in FAULTS if kind not in ("corrupt_file", "suspend")),
-    "crashes": ("kill_node", "kill_node", "kill_unseen", *PROCESSES),
+    "crashes": ("kill_node", "kill_node", "kill_unseen", "bad_disk", *PROCESSES),
     "coordinator": ("kill_node", "kill_unseen", "pause", "cut_off", "link", "kill_worker"),
     "partitions": ("cut_off", "one_way", "split", "split", "link", "kill_node", "pause"),
-    "data": ("corrupt", "corrupt", "corrupt_file", "slow_disk", "crash_archiver", "hang_archiver", "kill_node"),
-    "suspensions": ("suspend", "drain", "drain", "kill_node", "kill_worker", "hang_archiver", "slow_disk", "link"),
+    "data": (
+        *("corrupt", "corrupt", "corrupt_file", "slow_disk", "bad_disk"),
+        *("crash_archiver", "hang_archiver", "kill_node"),
+    ),
+    "suspensions": (
+        *("suspend", "suspend", "drain", "drain", "kill_node"),
+        *("kill_worker", "hang_archiver", "slow_disk", "bad_disk", "link"),
+    ),
     "returns": ("kill_node", "kill_node", "kill_worker", "pause", "link"),
     "disorder": ("kill_node", "kill_worker", "pause", "cut_off", "trouble", "crash_host"),
 }
@@ -228,6 +247,8 @@ def play(schedule: Schedule, log: Callable[[Simulation, str], None] | None = Non
     sim.run(Simulation.over, END_S)
     if schedule.must_finish() and sim.outcome != "finished":
         raise Broken(f"I5: {sim.outcome}: {sim.reason}")
+    if schedule.keeps_majority() and sim.outcome == "failed" and "could lead" in sim.reason:
+        raise Broken(f"I5: {sim.reason}, though a majority was there")
     return sim
 
 

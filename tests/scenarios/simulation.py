@@ -71,7 +71,7 @@ class Simulation:
         self.build_s, self.step_s, self.pull_s, self.persist_s, self.survey_s = 0.3, 0.05, 0.02, 0.05, 0.01
         self.host_s, self.exit_s, self.return_s = 0.2, 0.02, None
         self.bad_reads = 0.0  # share of the reads whose bytes arrive damaged
-        self.persist_fails: Callable[[m.Persist], bool] = lambda order: False
+        self.persist_fails: Callable[[m.Command], bool] = lambda order: False
         self.areas = held_by(self.rules.world_size, self.rules.replicas)
         # what a test may look at or interfere with
         self.history: list[tuple[float, str, m.Event, tuple[m.Command, ...]]] = []
@@ -226,10 +226,10 @@ class Simulation:
         self.invariants.one_history(order.step, contents)
         self.manifests[order.step] = {rank: (entry[0], entry[1], entry[2]) for rank, entry in named.items()}
 
-    def survey(self, below: int | None) -> m.Surveyed:
+    def survey(self, number: int, below: int | None) -> m.Surveyed:
         newest = max((step for step in self.manifests if below is None or step < below), default=FRESH)
         files = {str(rank): list(entry) for rank, entry in self.manifests.get(newest, {}).items()}
-        return m.Surveyed("", newest, files)
+        return m.Surveyed("", number, newest, files)
 
     # --- the cluster's own process ------------------------------------------------------------------
 
@@ -246,7 +246,7 @@ class Simulation:
             self._leader, self._term = sender, message.term
         elif isinstance(message, m.StartWorld) and sender == self._leader:
             self.start_world(message)
-        elif isinstance(message, m.Finish) and sender == self._leader and not self.outcome:
+        elif isinstance(message, m.Finish) and sender in self._up and not self.outcome:
             self.end(message.state, message.reason)
 
     def suspend(self) -> None:
@@ -279,11 +279,11 @@ class Simulation:
         for other in self.nodes.values():  # whose connection breaks
             if other.up and other.seat.cluster is not None:
                 self.network.send((node.name, other.name), self._disconnected, other, node.name)
-        if seen:  # after its last words
-            last_words = self.network.quiet_at((node.name, CLUSTER)) - self.now
+        last_words = self.network.quiet_at((node.name, CLUSTER)) - self.now
+        if seen:
             self.after(max(self.some(self.exit_s), last_words), self._exit, node)
         if not self._voters():
-            self.after(10 * self.exit_s, self._all_gone)
+            self.after(max(10 * self.exit_s, last_words), self._all_gone)
 
     def _disconnected(self, node: Node, lost: str) -> None:
         if node.up:

@@ -2,12 +2,13 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from gemini_hpc.arena import OWN, Arena, Geometry, Record, State
 from gemini_hpc.core import messages as m
-from gemini_hpc.core.state import Checkpoint, Phase, Worker
+from gemini_hpc.core.state import NUMBERS_OF_A_TERM, Checkpoint, Phase, Worker
 from tests.scenarios.node import copied
 from tests.scenarios.simulation import NBYTES, Content, Simulation, rules
 from tests.scenarios.test_recoveries import finish, plan_of, started
@@ -160,20 +161,52 @@ def test_back_behind_the_safe_step_nothing_is_overwritten_too_early(tmp_path: Pa
     assert arena.safe_step <= 40
 
 
+def test_what_comes_too_late_or_to_the_wrong_node_changes_nothing_and_is_counted() -> None:
+    from gemini_hpc.core.account import Account
+    from gemini_hpc.runtime.agent import Agent
+    from gemini_hpc.runtime.archiving import Archiving
+    from gemini_hpc.runtime.wire import Tally
+
+    sent: list[Any] = []
+    inbox: list[tuple[str, Any]] = []
+    agent = Agent.__new__(Agent)
+    agent._node, agent._arena, agent._account = "n0", None, Account("n0")
+    agent._account.informs(m.Lead("n0", "n1", 1, 0.0, True))
+    agent._seat = SimpleNamespace(leader="n1")
+    agent._wire = SimpleNamespace(tally=Tally())
+    agent._server = SimpleNamespace(receive=lambda: inbox.pop(0) if inbox else None)
+    agent._household = SimpleNamespace(send=lambda *order: sent.append(order), start=lambda *order: None)
+    agent._archiving = Archiving(agent._household, 5.0, lambda event: None)
+    join = m.Join("n0", 3, 0, 40, 0, "n1:1")
+    inbox += [
+        ("n1", join),
+        ("n1", m.Load("n0", 2, 0, 5, 0, 0, "file", 1)),  # of an older generation
+        ("n1", m.Pull("n0", NUMBERS_OF_A_TERM + 1, 1, 0, 5, "n1", 3, 1, 0, 0, 1, 0, 10, 1, 1.0)),  # another term
+        ("n1", m.Safe("n2", 3, 50)),  # for another
+        ("n2", m.Join("n0", 4, 0, 50, 0, "n2:1")),  # from one who does not lead
+        ("n1", m.Stepped("n1", 3, 0, 1, 0.0, 0.0, 0.0)),  # no order at all
+    ]
+    agent._read_orders()
+    assert sent == [("worker", join)]
+    assert agent._wire.tally.stale == 5
+
+
 def test_a_load_that_was_overtaken_does_not_touch_the_arena() -> None:
     """It waits behind a file system that hangs, while its node joins with what lies in the arena by now."""
     from gemini_hpc.runtime.archiving import Archiving
 
-    started, told = [], []
-    household = SimpleNamespace(send=lambda *order: True, start=lambda *order: started.append(order))
+    started, sent, told = [], [], []
+    household = SimpleNamespace(send=lambda *order: sent.append(order), start=lambda *order: started.append(order))
     archiving = Archiving(household, 5.0, told.append)
     archiving.end_loads()
     assert len(started) == 1 and not told
     archiving.order(m.Persist("n0", 0, 10, 0, 0, 100, 1))
     archiving.order(m.Load("n0", 1, 0, 5, 0, 0, "file", 1))
     archiving.end_loads()
-    assert len(started) == 2 and [type(event) for event in told] == [m.Persisted, m.Copied]
-    assert not any(event.ok for event in told)
+    assert len(started) == 2 and [type(event) for event in told] == [m.Copied] and not told[0].ok
+    sent.clear()
+    archiving.greet()
+    assert [type(order) for _, order in sent] == [m.Persist]  # the next archiver goes on with it
 
 
 # --- out of nodes -----------------------------------------------------------------------------------
@@ -209,6 +242,41 @@ def test_a_shard_that_one_holder_cannot_save_is_saved_by_the_other() -> None:
     cluster.kill_node("n3")
     cluster.run(Simulation.over)
     assert cluster.cluster.published is not None, cluster.said("run")[-1]["reason"]
+
+
+def test_writes_that_fail_for_a_while_do_not_give_up_a_step_that_is_whole_in_memory() -> None:
+    """Nobody else holds it: the same node is asked again until it can."""
+    cluster = started(nodes=4, persist_every=1000)
+    newest, failed = cluster.cluster.safe_step, []
+
+    def fails(order: m.Command) -> bool:
+        failed.append(order)
+        return len(failed) <= 6
+
+    cluster.persist_fails = fails
+    cluster.kill_node("n3")
+    cluster.run(Simulation.over)
+    assert cluster.cluster.published is not None, cluster.said("run")[-1]["reason"]
+    assert cluster.cluster.published.step >= newest
+
+
+def test_an_archiver_that_died_a_moment_ago_does_not_either() -> None:
+    cluster = started(nodes=2, world_size=2, persist_every=1000)
+    newest = cluster.cluster.safe_step
+    cluster.nodes["n0"].end_archiver()
+    cluster.kill_node("n1")
+    cluster.run(Simulation.over)
+    assert cluster.cluster.published is not None, cluster.said("run")[-1]["reason"]
+    assert cluster.cluster.published.step >= newest
+
+
+def test_a_write_that_lost_its_node_makes_way_for_the_next_checkpoint() -> None:
+    cluster = started(persist_every=2)
+    cluster.persist_s = 3.0
+    cluster.run(lambda c: c.cluster.persisting >= 0)
+    cluster.kill_node("n2")
+    cluster.run(lambda c: bool(c.said("evict")))
+    assert cluster.cluster.persisting == -1
 
 
 def test_saving_may_take_as_long_as_a_checkpoint_may() -> None:

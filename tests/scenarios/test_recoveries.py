@@ -96,6 +96,39 @@ def test_the_last_choice_is_a_choice() -> None:
     assert cluster.cluster.ranks[1] == "n4"
 
 
+# --- evidence -----------------------------------------------------------------------------------------
+
+
+def test_a_second_witness_is_enough_at_once() -> None:
+    cluster = started()
+    cluster.pause("n2", 60.0)
+    cluster.run(lambda c: bool(c.said("suspect")))
+    assert not cluster.said("evict") and cluster.leader is not None
+    cluster.leader.from_child(m.Disconnected("n2"))
+    cluster.run_for(0.1)  # much less than a single witness has to be confirmed in
+    assert [event["target"] for event in cluster.said("evict")] == ["n2"]
+    assert "a second witness agrees" in cluster.said("evict")[0]["reason"]
+
+
+def test_a_coordinator_whose_lines_all_break_takes_nobody_else_for_lost() -> None:
+    cluster = started()
+    others = ["n1", "n2", "n3", "n4"]
+    cluster.cut(cluster.lines_between(["n0"], others), 0.4, broken=True)
+    cluster.run_for(3.0)
+    assert {event["target"] for event in cluster.said("suspect")} == set(others)
+    assert not cluster.said("evict") and cluster.cluster.generation == 1
+    finish(cluster)
+
+
+def test_a_window_host_that_dies_a_moment_before_its_node_is_not_asked_into_a_new_world() -> None:
+    cluster = started()
+    cluster.crash_host("n2")
+    cluster.run_for(0.2)
+    cluster.kill_node("n2")
+    finish(cluster)
+    assert len(cluster.ordered(m.StartWorld)) == 1
+
+
 # --- start and steady state -------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from gemini_hpc.runtime.channel import MAX_PACKET_BYTES, Channel, Listener
 from gemini_hpc.runtime.household import Household, LineEnded, ProcessEnded
 from gemini_hpc.runtime.paths import RunPaths
 from gemini_hpc.runtime.processes import wait_exit
+from gemini_hpc.runtime.wire import Tally
 
 HELLO = Hello("node0", "worker", 4711, 0)
 
@@ -34,7 +35,7 @@ def paths(place: Path) -> RunPaths:
 
 @pytest.fixture
 def household(paths: RunPaths) -> Iterator[Household]:
-    one = Household(paths, "node0", zmq.Poller())
+    one = Household(paths, "node0", zmq.Poller(), Tally())
     yield one
     one.end_all()
     for line in one._strangers:
@@ -95,6 +96,7 @@ def test_nonsense_ends_its_own_line_and_nothing_else(household: Household, paths
         line.send(NONSENSE[what])
         assert said(household) == []
         assert hung_up(line)
+    assert household._tally.refused == (what != "nothing")
     worker.send(WorkerLost("node0", "still here", False))
     assert said(household) == [("worker", WorkerLost("node0", "still here", False))]
     household.send("worker", Parked("node0", 1, ""))
@@ -108,6 +110,7 @@ def test_nonsense_after_hello_is_the_end_of_that_line(household: Household, path
         line.send(b"nonsense")
         assert said(household) == [("worker", HELLO), ("worker", LineEnded())]
         assert hung_up(line)
+    assert household._tally.refused == 1
 
 
 def test_lines_that_end_give_their_descriptors_back(household: Household, paths: RunPaths) -> None:
