@@ -94,7 +94,8 @@ def _on_world_failed(turn: Turn, event: WorldFailed) -> None:
 
 
 def _on_suspend(turn: Turn, event: Suspend) -> None:
-    turn.save_and_stop(event.reason, "suspended")
+    if turn.cluster.counted:  # else it is not known yet what there is to be saved, and it is said again
+        turn.save_and_stop(event.reason, "suspended")
 
 
 def _on_node_up(turn: Turn, event: NodeUp) -> None:

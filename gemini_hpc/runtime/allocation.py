@@ -148,10 +148,10 @@ class Allocation(Embedded):
         rounds = int(ECHO_S / SEE_OUT_POLL_S)
         closer, heard, claims = self._nodes[0], False, 0
         for number in count(1):
-            word = super().receive()
-            if isinstance(word, Retire) or is_cancelled():
+            words = list(iter(super().receive, None))
+            if is_cancelled() or any(isinstance(word, Retire) for word in words):
                 return
-            heard |= isinstance(word, Finish)
+            heard |= any(isinstance(word, Finish) for word in words)
             # whoever closes lives, or has answered at least; should its node die, Slurm will say so
             if number % rounds == 0 and ((not heard and not claims) or self._state_of(closer) == "gone"):
                 claims += 1

@@ -48,11 +48,22 @@ def test_a_run_that_is_to_be_suspended_saves_its_newest_step_and_ends() -> None:
     assert "the time limit is near; the newest checkpoint is" in cluster.reason
 
 
-def test_it_is_suspended_before_it_has_begun() -> None:
-    cluster = Simulation().run(lambda c: c.leader is not None)
+def test_it_is_suspended_before_it_has_begun_but_not_before_it_is_known_what_there_is() -> None:
+    cluster = Simulation(prepare=lambda sim: setattr(sim, "build_s", 3.0))
+    cluster.run(lambda c: c.leader is not None)
     cluster.suspend()
     cluster.run(Simulation.over)
-    assert (cluster.outcome, cluster.manifests) == ("suspended", {})
+    assert (cluster.outcome, cluster.manifests, cluster.most_trained) == ("suspended", {}, 0)
+
+
+def test_a_new_coordinator_suspends_nothing_before_all_have_reported() -> None:
+    cluster = started(persist_every=1000)
+    newest = cluster.cluster.safe_step
+    cluster.kill_node("n0")
+    cluster.run(lambda c: c.leader is not None and c.leader.name == "n1")
+    cluster.suspend()
+    cluster.run(Simulation.over)
+    assert cluster.outcome == "suspended" and max(cluster.manifests) >= newest
 
 
 def test_whoever_leads_next_suspends_it_too() -> None:
