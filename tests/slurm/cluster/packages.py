@@ -21,14 +21,15 @@ def unavailable() -> str:
     for tool in ("apt-get", "dpkg", "unshare", "nsenter"):
         if shutil.which(tool) is None:
             return f"no {tool} here, so no Slurm of our own"
-    probe = subprocess.run([*new_namespaces(), "true"], capture_output=True, text=True, timeout=DOWNLOAD_S)
-    return f"this user may not make namespaces: {probe.stderr.strip()}" if probe.returncode else ""
+    if os.geteuid() != 0:
+        return "a Slurm of our own takes root: its nodes are namespaces"
+    probe = subprocess.run([*APART, "true"], capture_output=True, text=True, timeout=DOWNLOAD_S)
+    return f"no namespaces here: {probe.stderr.strip()}" if probe.returncode else ""
 
 
-def new_namespaces() -> list[str]:
-    """Return the words that start a program in namespaces of its own, in which it is root of what is there."""
-    own = [] if os.geteuid() == 0 else ["--user", "--map-current-user", "--keep-caps"]
-    return ["unshare", *own, "--mount", "--net", "--uts", "--ipc", "--pid", "--fork", "--mount-proc", "--kill-child"]
+APART = ["unshare", "--mount", "--net", "--uts", "--ipc", "--pid", "--fork", "--mount-proc", "--kill-child"]
+"""The words that start a program in namespaces of its own. It takes root: Slurm's daemons drop supplementary groups,
+which a user who is root of a user namespace alone may not."""
 
 
 def unpack() -> Path:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests.slurm.cluster.packages import new_namespaces, unpack
+from tests.slurm.cluster.packages import APART, unpack
 
 UP_S = 30.0
 CALL_S = 60.0
@@ -22,8 +22,8 @@ HERE = Path(__file__).parent
 CONF = """\
 ClusterName=test
 SlurmctldHost=login({network}.1)
-SlurmUser={user}
-SlurmdUser={user}
+SlurmUser=root
+SlurmdUser=root
 AuthType=auth/munge
 AuthInfo=cred_expire=5
 CredType=cred/munge
@@ -79,10 +79,9 @@ class Node:
 
     def enter(self, words: Sequence[str], cwd: Path | None = None) -> list[str]:
         """Return the command that runs `words` on this node."""
-        user = [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
         spaces = ["--mount", "--net", "--uts", "--ipc", "--pid"]
         there = ["sh", "-c", 'cd "$0" && exec "$@"', str(cwd or Path.cwd())]
-        return ["nsenter", f"--target={self.init}", *user, *spaces, *there, *words]
+        return ["nsenter", f"--target={self.init}", *spaces, *there, *words]
 
 
 class SlurmCluster:
@@ -96,15 +95,12 @@ class SlurmCluster:
         key = place / "munge.key"
         key.touch(0o600)
         key.write_bytes(os.urandom(128))
-        import getpass
-
         lines = [
             f"NodeName={name} NodeAddr={self.address(name)} CPUs=4 RealMemory=4000 State=UNKNOWN" for name in self.names
         ]
         (place / "etc/slurm/slurm.conf").write_text(
             CONF.format(
                 network=NETWORK,
-                user=getpass.getuser(),
                 place=place,
                 slurmd_timeout_s=slurmd_timeout_s,
                 nodes="\n".join(lines),
@@ -113,7 +109,7 @@ class SlurmCluster:
         (place / "etc/slurm/cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         hosts = [f"{NETWORK}.1 login", *(f"{self.address(name)} {name}" for name in self.names)]
         (place / "etc/hosts").write_text("\n".join(["127.0.0.1 localhost", *hosts, ""]))
-        self.login = self._start("login", new_namespaces(), str(unpack()))
+        self.login = self._start("login", APART, str(unpack()))
         self.nodes: dict[str, Node] = {}
         self._until(lambda: (place / "log/login.up").exists(), "the login node")
         for name in self.names:
@@ -125,13 +121,9 @@ class SlurmCluster:
 
     def boot(self, name: str) -> None:
         """Start a node, for the first time or again."""
-        words = self.login.enter(
-            ["unshare", *(w for w in new_namespaces()[1:] if not w.startswith(("--user", "--map-", "--keep")))]
-        )
-        node = self.nodes[name] = self._start(name, words)
-        user = [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
+        node = self.nodes[name] = self._start(name, self.login.enter(APART))
         link = ["ip", "link", "add", f"v-{name}", "master", "bridge", "up", "type", "veth"]
-        there = ["nsenter", f"--target={self.login.init}", *user, "--mount", "--net"]
+        there = ["nsenter", f"--target={self.login.init}", "--mount", "--net"]  # by the numbers of this machine
         subprocess.run([*there, *link, "peer", "name", "eth0", "netns", str(node.init)], check=True)
 
     def run(self, *words: str, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
