@@ -48,6 +48,8 @@ class SiteConfig(Section):
     """cores of each node; null: left to the site"""
     gpus_per_node: int | None = Field(None, ge=0)
     """GPUs of each node; null: none are asked for"""
+    gpu_limit: int | None = Field(None, ge=1)
+    """GPUs that one user may hold in running jobs; null: no limit"""
     call_timeout_s: float = Field(60, gt=0)
     """bound of every call to Slurm (sbatch, squeue, scancel), seconds"""
     slurm_partition: str | None = Field(None, pattern=_ONE_LINE)

@@ -20,7 +20,7 @@ from gemini_hpc.arena import OWN, Arena, State
 from gemini_hpc.errors import UserError
 from gemini_hpc.persist import manifest
 from gemini_hpc.runtime.paths import RunPaths
-from gemini_hpc.runtime.processes import NODE_MARK, is_held, kill, kill_marked, marked
+from gemini_hpc.runtime.processes import NODE_MARK, kill, kill_marked, marked
 from gemini_hpc.runtime.status_file import read_status
 from gemini_hpc.telemetry import EventLog
 
@@ -162,39 +162,42 @@ def corrupt_file(paths: RunPaths, node: str) -> None:
         file.write(bytes([byte ^ 1]))
 
 
-def loop(paths: RunPaths, mtbf_s: float, seed: int | None = None) -> int:
+def loop(
+    paths: RunPaths, mtbf_s: float, seed: int | None, strike: Callable[[str, str], None], lives: Callable[[], bool]
+) -> int:
     """Kill a worker that trains or its node at random moments, `mtbf_s` seconds apart on average, until the run ends.
 
     A node is killed only where that can be recovered from memory: not before the run has recovered from the last
-    strike, and while it has a spare. Returns how many were struck.
+    strike, and while it has a spare. `strike(action, node)` does it, `lives` says whether the run does. Returns how
+    many were struck.
     """
     chance, struck, generation = random.Random(seed), 0, 0
-    while _lives(paths, chance.expovariate(1 / mtbf_s)):
+    while _trains_after(paths, chance.expovariate(1 / mtbf_s), lives):
         status = read_status(paths)
         nodes = status.get("nodes", [])
         active = [place["node"] for place in nodes if place["status"] == "active" and place["worker"] == "busy"]
         if not active:
             continue
-        node, strike = chance.choice(active), chance.choice((kill_worker, kill_node))
+        node, action = chance.choice(active), chance.choice(("kill-worker", "kill-node"))
         recovered = status["protected"] and status["generation"] > generation
         spare = any(place["status"] == "spare" for place in nodes)
         if not (recovered and spare):
-            strike = kill_worker
+            action = "kill-worker"
         generation = status["generation"]
         try:
-            strike(paths, node)
+            strike(action, node)
             struck += 1
         except UserError:
             continue  # it was gone already: the status is older than the last strike
     return struck
 
 
-def _lives(paths: RunPaths, seconds: float) -> bool:
+def _trains_after(paths: RunPaths, seconds: float, lives: Callable[[], bool]) -> bool:
     """Wait; whether the run still trains then."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and is_held(paths.lock):
+    while time.monotonic() < deadline and lives():
         time.sleep(min(LOOK_S, max(0.0, deadline - time.monotonic())))
-    return is_held(paths.lock) and read_status(paths).get("state") not in ("closing", "verifying", "reporting")
+    return lives() and read_status(paths).get("state") not in ("closing", "verifying", "reporting")
 
 
 def _signal_worker(paths: RunPaths, node: str, action: str, number: int, **where: object) -> None:

@@ -59,11 +59,11 @@ class SlurmJob:
         """End the job now, the caller's step included."""
         self._call("scancel", self.id)
 
-    def step(self, nodes: Sequence[str], output: Path, *options: str) -> list[str]:
+    def step(self, nodes: Sequence[str], output: Path | None = None, *options: str) -> list[str]:
         """Return the words before a program that is to run once on each of `nodes`, in a step of its own.
 
         The step shares the job's resources with all others, and outlives the loss of nodes, of tasks, and of srun.
-        Its environment is `step_environment`.
+        Its environment is `step_environment`; what it prints is written to `output` on its node, else by srun.
         """
         return [
             "srun",
@@ -77,8 +77,7 @@ class SlurmJob:
             "--ntasks-per-node=1",
             f"--nodelist={','.join(nodes)}",
             "--input=none",
-            f"--output={output}",
-            "--open-mode=append",
+            *([f"--output={output}", "--open-mode=append"] if output else []),
             *options,
         ]
 

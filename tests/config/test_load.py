@@ -193,3 +193,9 @@ def test_the_configuration_loads_no_heavy_library() -> None:
     code = f"import sys, gemini_hpc.config, gemini_hpc.config.capacity; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "set()"
+
+
+def test_more_gpus_than_a_user_may_hold_are_refused_with_the_spares_counted() -> None:
+    assert load_run(site="ibex", nodes=20, spares=4).cluster.nodes == 20
+    with pytest.raises(UserError, match=r"takes 25 GPUs, those of its 5 spares included.* lets a user hold 24"):
+        load_run(site="ibex", nodes=20, spares=5)

@@ -25,16 +25,32 @@ class SlurmRun(Run):
     """One `submit` on the login node, and its job. Use as a context: at its end nothing of the run may be left."""
 
     def __init__(self, cluster: SlurmCluster, place: Path, *settings: str, resume: Path | None = None) -> None:
-        self.cluster, self.place, self.shm = cluster, place, Path("/dev/shm")
-        site = place / "test.yaml"
-        site.write_text(SITE.format(place=place))
-        what = ["--resume", str(resume)] if resume else ["--site", str(site), "model.preset=tiny"]
+        what = ["--resume", str(resume)] if resume else ["--site", str(_site(place)), "model.preset=tiny"]
         done = cluster.run(*command("submit", *what, *settings), cwd=place)
         assert done.returncode == 0, done.stderr
-        self.printed = done.stdout
-        self._run_dir = Path(re.search(r"^run +(.+)$", done.stdout, re.MULTILINE)[1])
-        self.job = re.search(r"^job +(\d+)$", done.stdout, re.MULTILINE)[1]
+        told = dict(re.findall(r"^(run|job) +(.+)$", done.stdout, re.MULTILINE))
+        self._watch(cluster, place, Path(told["run"]), told["job"])
         self._earlier = len(self.events()) if resume else 0
+
+    @classmethod
+    def prepare(cls, cluster: SlurmCluster, place: Path, *settings: str) -> Path:
+        """Make the directory of a run without a job."""
+        what = ["--prepare", "made", "--site", str(_site(place)), "model.preset=tiny"]
+        done = cluster.run(*command("submit", *what, *settings), cwd=place)
+        assert done.returncode == 0, done.stderr
+        return Path(done.stdout.strip())
+
+    @classmethod
+    def adopt(cls, cluster: SlurmCluster, place: Path, run_dir: Path, job: str) -> "SlurmRun":
+        """Watch a job that somebody submitted."""
+        run = cls.__new__(cls)
+        run._watch(cluster, place, run_dir, job)
+        return run
+
+    def _watch(self, cluster: SlurmCluster, place: Path, run_dir: Path, job: str) -> None:
+        self.cluster, self.place, self.shm = cluster, place, Path("/dev/shm")
+        self._run_dir, self.job = run_dir, job
+        self._earlier = 0
         self._state, self._looked = "PENDING", 0.0
 
     @property
@@ -85,3 +101,9 @@ class SlurmRun(Run):
     def status_of(self) -> dict[str, Any]:
         """Return what `status --json` says on the login node."""
         return json.loads(self.cluster.run(*command("status", str(self.run_dir), "--json")).stdout)
+
+
+def _site(place: Path) -> Path:
+    site = place / "test.yaml"
+    site.write_text(SITE.format(place=place))
+    return site

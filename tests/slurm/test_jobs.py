@@ -1,5 +1,6 @@
 """Runs on a real Slurm: its nodes vanish, its jobs are cancelled, requeued and preempted."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ from tests.slurm.cluster import SlurmCluster
 from tests.slurm.jobs import SlurmRun
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "sbatch" / "gpt2_gemini.sh"
 
 DOWN_S = 60.0
 AGAIN_S = 120.0
@@ -52,6 +56,9 @@ def test_a_drained_node_is_left_and_before_the_time_limit_the_job_is_queued_agai
             moved = run.wait_for("plan", at_least=10)
             assert not run.events("evict")
             run.wait_for("first_step", generation=moved["generation"])
+            struck = cluster.run(*command("drill", str(run.run_dir), "kill-worker", spare))
+            assert struck.returncode == 0, struck.stderr
+            run.wait_for("first_step", generation=moved["generation"] + 1)
             cluster.run("scancel", "--signal=USR2", "--batch", run.job)
             suspended = run.wait_for("run", node="cluster", state="suspended")
             assert "the job is queued again" in suspended["reason"]
@@ -81,3 +88,26 @@ def test_a_cancelled_job_leaves_nothing_and_can_be_resumed(cluster: SlurmCluster
         again.wait_for_end()
         assert again.status["state"] == "finished"
         assert again.events("plan")[-1]["step"] >= 10
+
+
+def test_a_job_that_is_preempted_saves_itself_and_goes_on_later(cluster: SlurmCluster, tmp_path: Path) -> None:
+    with SlurmRun(cluster, tmp_path, *shape(2, 0, 120), "protect.persist_every=1000") as run:
+        run.wait_for_training(step=10)
+        cluster.run("sbatch", "--partition=urgent", "--nodes=6", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+        suspended = run.wait_for("run", node="cluster", state="suspended")
+        assert "the job is about to be preempted" in suspended["reason"] and "queued again" in suspended["reason"]
+        again = run.wait_for("run", AGAIN_S, node="cluster", state="started", since=suspended["t"])
+        assert again["step"] >= 10
+        run.wait_for_end()
+        assert run.status["state"] == "finished"
+
+
+def test_the_script_for_ibex_runs_unedited(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """Its nodes are as Ibex has them, but for their size: that is overridden by sbatch's flags."""
+    made = SlurmRun.prepare(cluster, tmp_path, *shape(2, 1, 20))
+    flags = ["--nodes=3", "--cpus-per-task=1", "--mem=1G", f"--output={tmp_path}/%j.out"]
+    told = cluster.run("env", f"GEMINI_PYTHON={sys.executable}", "sbatch", *flags, str(SCRIPT), str(made), cwd=ROOT)
+    assert told.returncode == 0, told.stderr
+    with SlurmRun.adopt(cluster, tmp_path, made, told.stdout.split()[-1]) as run:
+        run.wait_for_end()
+        assert run.status["state"] == "finished", (tmp_path / f"{run.job}.out").read_text()

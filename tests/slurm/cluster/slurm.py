@@ -54,8 +54,12 @@ MinJobAge=3600
 JobRequeue=1
 BatchStartTimeout=10
 UnkillableStepTimeout=15
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+GresTypes=gpu
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10
 """
 
 
@@ -96,7 +100,8 @@ class SlurmCluster:
         key.touch(0o600)
         key.write_bytes(os.urandom(128))
         lines = [
-            f"NodeName={name} NodeAddr={self.address(name)} CPUs=4 RealMemory=4000 State=UNKNOWN" for name in self.names
+            f"NodeName={name} NodeAddr={self.address(name)} CPUs=4 RealMemory=4000 Feature=a100,4gpus Gres=gpu:4"
+            for name in self.names
         ]
         (place / "etc/slurm/slurm.conf").write_text(
             CONF.format(
@@ -106,6 +111,7 @@ class SlurmCluster:
                 nodes="\n".join(lines),
             )
         )
+        (place / "etc/slurm/gres.conf").write_text("Name=gpu Count=4\n")  # without devices, as on Ibex's A100 nodes
         (place / "etc/slurm/cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         hosts = [f"{NETWORK}.1 login", *(f"{self.address(name)} {name}" for name in self.names)]
         (place / "etc/hosts").write_text("\n".join(["127.0.0.1 localhost", *hosts, ""]))
