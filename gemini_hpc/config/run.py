@@ -200,8 +200,8 @@ def _contradictions(run: RunConfig) -> Iterator[str]:
     gpus, limit = (nodes + spares) * (run.site.gpus_per_node or 0), run.site.gpu_limit
     if limit is not None and gpus > limit:
         yield (
-            f"the run takes {gpus} GPUs, those of its {spares} spares included, and site {run.site.name} lets a user hold"
-            f" {limit} (site.gpu_limit): set cluster.nodes or cluster.spares lower"
+            f"the run takes {gpus} GPUs, those of its {spares} spares included, and site {run.site.name} lets a user"
+            f" hold {limit} (site.gpu_limit): set cluster.nodes or cluster.spares lower"
         )
     for number, drill in enumerate(run.drills):
         key = f"drills.{number}"

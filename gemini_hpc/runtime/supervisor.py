@@ -59,7 +59,8 @@ def supervise(paths: RunPaths, run: RunConfig) -> int:
             clear(paths.shm_dir, paths.run_id)
             remove_mpi_leftovers()
             lock.release()
-    return _conclude(paths, run, end)
+    _conclude(paths, run, end)
+    return 0 if end.state == "finished" else 1
 
 
 def _train(paths: RunPaths, run: RunConfig) -> Finish:
@@ -120,29 +121,34 @@ def _close(paths: RunPaths, run: RunConfig, end: Finish) -> Finish:
     return Finish("", state, reason)
 
 
-def _conclude(paths: RunPaths, run: RunConfig, end: Finish) -> int:
-    """Say how it ended; a job of Slurm that can go on elsewhere is put back into the queue, which ends this process."""
+def _conclude(paths: RunPaths, run: RunConfig, end: Finish) -> bool:
+    """Say how it ended; whether its job goes on elsewhere: then it is back in the queue, and this process ends soon."""
     reason = end.reason
-    if end.state == "suspended" and run.site.kind == "slurm":
-        reason += "; the job is queued again" if _progressed(paths) else "; it came no further in several starts"
+    goes_on = end.state == "suspended" and run.site.kind == "slurm" and _progressed(paths)
+    if goes_on:
+        reason += "; the job is queued again"
+    elif end.state == "suspended" and run.site.kind == "slurm":
+        reason += f"; the job came no further in {FRUITLESS_STARTS} starts and is not queued again"
     EventLog(paths.run_dir, "cluster").emit("run", state=end.state, reason=reason)
     update_status(paths, state=end.state, reason=reason, waiting_for=[])
-    if reason.endswith("queued again"):
+    if goes_on:
         try:
             this_job(run.site.call_timeout_s).requeue()
         except SlurmError as error:
             update_status(paths, reason=f"{end.reason}; the job could not be queued again ({error}): use --resume")
-    return 0 if end.state == "finished" else 1
+            return False
+    return goes_on
 
 
 def see_out(paths: RunPaths, run: RunConfig, end: Finish) -> int:
     """Close a run of Slurm whose supervisor is gone, and its job, which would sit there until its time limit."""
-    status = _conclude(paths, run, _close(paths, run, end))
-    try:
-        this_job(run.site.call_timeout_s).cancel()
-    except SlurmError as error:
-        print(error, file=sys.stderr)
-    return status
+    end = _close(paths, run, end)
+    if not _conclude(paths, run, end):
+        try:
+            this_job(run.site.call_timeout_s).cancel()
+        except SlurmError as error:
+            print(error, file=sys.stderr)
+    return 0 if end.state == "finished" else 1
 
 
 def _log_start(paths: RunPaths) -> None:

@@ -44,6 +44,27 @@ def test_the_first_node_dies_and_the_others_finish_and_end_the_job(cluster: Slur
             until(lambda: first in cluster.states("idle"), f"{first} to be back", DOWN_S)
 
 
+def test_the_first_node_dies_without_a_spare_and_the_job_goes_on_from_the_queue(
+    cluster: SlurmCluster, tmp_path: Path
+) -> None:
+    """Those who are left save what they have, and put the job back into the queue: nobody else could."""
+    with SlurmRun(cluster, tmp_path, *shape(3, 0, 80), "protect.persist_every=1000") as run:
+        run.wait_for_training(step=10)
+        first = run.nodes[0]
+        cluster.nodes[first].end()
+        try:
+            suspended = run.wait_for("run", node="cluster", state="suspended")
+            assert "no node is left for every rank" in suspended["reason"] and "queued again" in suspended["reason"]
+            again = run.wait_for("run", AGAIN_S, node="cluster", state="started", since=suspended["t"])
+            assert again["step"] >= 10 and first not in run.nodes
+            run.wait_for_end()
+            assert run.status["state"] == "finished"
+        finally:
+            until(lambda: first in cluster.states("down"), f"{first} to be down", DOWN_S)
+            cluster.boot(first)
+            until(lambda: first in cluster.states("idle"), f"{first} to be back", DOWN_S)
+
+
 def test_a_drained_node_is_left_and_before_the_time_limit_the_job_is_queued_again(
     cluster: SlurmCluster, tmp_path: Path
 ) -> None:
