@@ -90,7 +90,7 @@ def _form(turn: Turn) -> None:
         return  # somebody is on his way back, and is given up when he is due
     if plan is None:
         reason = f"no node is left for every rank (the last was lost because {cluster.last_loss})"
-        turn.save_and_stop(reason, "suspended")
+        turn.save_and_stop(reason, "stopped" if cluster.worker_to_blame else "suspended")
         return
     generation = cluster.generation + 1
     turn.note(

@@ -187,6 +187,7 @@ class Cluster:
     files: Mapping[int, tuple[str, int, int]] = field(default_factory=dict)
     publisher: str = ""  # who was told to publish it
     last_loss: str = ""  # why the last node was evicted
+    worker_to_blame: bool = False  # it was, because its worker failed again and again: another node would do no better
     stopping: str = ""  # why the run cannot go on
     stops_as: str = "stopped"  # or suspended: it can, on other nodes
     savers: Mapping[int, str] = field(default_factory=dict)  # out of nodes: rank -> who was asked to save it

@@ -97,12 +97,12 @@ class Turn:
         heard = [member for member in voters if not member.evidence]
         return 2 * len(heard) > len(voters) and self.cluster.phase is not Phase.SAVING
 
-    def evict(self, node: str, reason: str) -> None:
+    def evict(self, node: str, reason: str, worker_to_blame: bool = False) -> None:
         """Hard evidence, or soft evidence that was confirmed: the node is out."""
         if not self.cluster.members[node].evidence:
             self.note("suspect", target=node, evidence="exit", reason=reason)
         self.set_member(node, alive=False, evidence={})
-        self.set(last_loss=reason)
+        self.set(last_loss=reason, worker_to_blame=worker_to_blame)
         self.note("evict", target=node, generation=self.cluster.generation + 1, reason=reason)
         self.order(Retire(node, self.cluster.generation + 1))
         self._forget_copies_on(node)
@@ -154,7 +154,7 @@ class Turn:
             self.save_and_stop(f"the worker of {node} failed {member.restarts + 1} times in a row: {reason}")
             return
         if member.restarts >= rules.max_restarts:
-            self.evict(node, f"its worker failed {member.restarts + 1} times in a row: {reason}")
+            self.evict(node, f"its worker failed {member.restarts + 1} times in a row: {reason}", worker_to_blame=True)
             return
         self.set_worker(node, Worker.BUILDING, restarts=member.restarts + 1)
         self.order(RestartWorker(node, self.cluster.generation + 1))

@@ -119,7 +119,7 @@ def test_out_of_spares_the_newest_step_is_saved_and_the_run_goes_on_later(
     struck = drills([drill(6, 1, "kill_node"), drill(12, 2, "kill_node", "forward")])
     with Run(tmp_path, *THREE, struck, "verify=false", "protect.persist_every=100") as run:
         run.wait_for_end(status=1)
-        assert run.status["state"] == "stopped" and "no node is left" in run.status["reason"]
+        assert run.status["state"] == "suspended" and "no node is left" in run.status["reason"]
         (saved,) = run.events("persisted")
         done = min(max(e["step"] for e in run.events("step", rank=rank)) for rank in range(3))
         assert done - 1 <= saved["step"] <= done

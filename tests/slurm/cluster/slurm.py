@@ -17,7 +17,7 @@ from tests.slurm.cluster.packages import APART, unpack
 UP_S = 30.0
 CALL_S = 60.0
 NETWORK = "10.183.0"
-HERE = Path(__file__).parent
+INIT = Path(__file__).with_name("init.sh")
 
 CONF = """\
 ClusterName=test
@@ -153,7 +153,7 @@ class SlurmCluster:
                     "--pdeathsig=KILL",
                     *words,
                     "bash",
-                    str(HERE / "init.sh"),
+                    str(INIT),
                     name,
                     str(self.place),
                     NETWORK,
@@ -173,7 +173,7 @@ class SlurmCluster:
             pid = starter.pid
             while children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
                 (pid,) = map(int, children[:1])
-                if b"init.sh" in Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").split(b" ", 2)[1]:
+                if Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:2] == [b"bash", str(INIT).encode()]:
                     return pid
             time.sleep(0.01)
         raise AssertionError("the node did not start")
