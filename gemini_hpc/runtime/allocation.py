@@ -100,6 +100,7 @@ class Allocation(Embedded):
         self._world: subprocess.Popen[bytes] | None = None
         self._world_number = 0
         self._failed = ""  # why the world is no more
+        self._supervisor_closes = False  # it has said that it knows of the end of the run
         self._windows_log = open_log(paths.logs / "windows.log")
         self._witness = Witness(self._job, nodes)
         self._lock = RunLock(paths.lock)
@@ -127,7 +128,9 @@ class Allocation(Embedded):
         if self._failed:
             failed, self._failed = self._failed, ""
             return WorldFailed("", self._world_number, failed)
-        return super().receive() or self._witness.next()
+        message = super().receive()
+        self._supervisor_closes |= isinstance(message, Finish)
+        return message or self._witness.next()
 
     def ask(self, wanted: bool) -> None:
         if wanted:
@@ -146,14 +149,15 @@ class Allocation(Embedded):
         """Wait for the end of the job. It ends with its batch script; where that is gone, the first of us ends it."""
         self._end_world()
         rounds = int(ECHO_S / SEE_OUT_POLL_S)
-        closer, heard, claims = self._nodes[0], False, 0
+        closer, claims = self._nodes[0], 0
         for number in count(1):
             words = list(iter(super().receive, None))
             if is_cancelled() or any(isinstance(word, Retire) for word in words):
                 return
-            heard |= any(isinstance(word, Finish) for word in words)
+            self._supervisor_closes |= any(isinstance(word, Finish) for word in words)
             # whoever closes lives, or has answered at least; should its node die, Slurm will say so
-            if number % rounds == 0 and ((not heard and not claims) or self._state_of(closer) == "gone"):
+            silent = not self._supervisor_closes and not claims
+            if number % rounds == 0 and (silent or self._state_of(closer) == "gone"):
                 claims += 1
                 closer = self._claim_closing(claims)
                 if closer == self._node:

@@ -29,28 +29,9 @@ class SlurmRun(Run):
         done = cluster.run(*command("submit", *what, *settings), cwd=place)
         assert done.returncode == 0, done.stderr
         told = dict(re.findall(r"^(run|job) +(.+)$", done.stdout, re.MULTILINE))
-        self._watch(cluster, place, Path(told["run"]), told["job"])
-        self._earlier = len(self.events()) if resume else 0
-
-    @classmethod
-    def prepare(cls, cluster: SlurmCluster, place: Path, *settings: str) -> Path:
-        """Make the directory of a run without a job."""
-        what = ["--prepare", "made", "--site", str(_site(place)), "model.preset=tiny"]
-        done = cluster.run(*command("submit", *what, *settings), cwd=place)
-        assert done.returncode == 0, done.stderr
-        return Path(done.stdout.strip())
-
-    @classmethod
-    def adopt(cls, cluster: SlurmCluster, place: Path, run_dir: Path, job: str) -> "SlurmRun":
-        """Watch a job that somebody submitted."""
-        run = cls.__new__(cls)
-        run._watch(cluster, place, run_dir, job)
-        return run
-
-    def _watch(self, cluster: SlurmCluster, place: Path, run_dir: Path, job: str) -> None:
         self.cluster, self.place, self.shm = cluster, place, Path("/dev/shm")
-        self._run_dir, self.job = run_dir, job
-        self._earlier = 0
+        self._run_dir, self.job = Path(told["run"]), told["job"]
+        self._earlier = len(self.events()) if resume else 0
         self._state, self._looked = "PENDING", 0.0
 
     @property
