@@ -101,6 +101,7 @@ class Allocation(Embedded):
         self._world_number = 0
         self._failed = ""  # why the world is no more
         self._supervisor_closes = False  # it has said that it knows of the end of the run
+        self._dismissed = False  # and that it is done with it
         self._windows_log = open_log(paths.logs / "windows.log")
         self._witness = Witness(self._job, nodes)
         self._lock = RunLock(paths.lock)
@@ -128,9 +129,13 @@ class Allocation(Embedded):
         if self._failed:
             failed, self._failed = self._failed, ""
             return WorldFailed("", self._world_number, failed)
+        return self._hear_supervisor() or self._witness.next()
+
+    def _hear_supervisor(self) -> Message | None:
         message = super().receive()
         self._supervisor_closes |= isinstance(message, Finish)
-        return message or self._witness.next()
+        self._dismissed |= isinstance(message, Retire)
+        return message
 
     def ask(self, wanted: bool) -> None:
         if wanted:
@@ -151,10 +156,10 @@ class Allocation(Embedded):
         rounds = int(ECHO_S / SEE_OUT_POLL_S)
         closer, claims = self._nodes[0], 0
         for number in count(1):
-            words = list(iter(super().receive, None))
-            if is_cancelled() or any(isinstance(word, Retire) for word in words):
+            while self._hear_supervisor() is not None:
+                pass
+            if self._dismissed or is_cancelled():
                 return
-            self._supervisor_closes |= any(isinstance(word, Finish) for word in words)
             # whoever closes lives, or has answered at least; should its node die, Slurm will say so
             silent = not self._supervisor_closes and not claims
             if number % rounds == 0 and (silent or self._state_of(closer) == "gone"):
