@@ -23,8 +23,9 @@ def unavailable() -> str:
             return f"no {tool} here, so no Slurm of our own"
     if os.geteuid() != 0:
         return "a Slurm of our own takes root: its nodes are namespaces"
-    probe = subprocess.run([*APART, "true"], capture_output=True, text=True, timeout=DOWNLOAD_S)
-    return f"no namespaces here: {probe.stderr.strip()}" if probe.returncode else ""
+    overlay = ["mount", "-t", "overlay", "-o", "lowerdir=/etc:/usr", "overlay", "/mnt"]
+    probe = subprocess.run([*APART, *overlay], capture_output=True, text=True, timeout=DOWNLOAD_S)
+    return f"no namespaces, or no overlays, here: {probe.stderr.strip()}" if probe.returncode else ""
 
 
 APART = ["unshare", "--mount", "--net", "--uts", "--ipc", "--pid", "--fork", "--mount-proc", "--kill-child"]
