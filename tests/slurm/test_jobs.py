@@ -8,7 +8,7 @@ from tests.cluster.runs import START_S, command, reference_losses, until
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.jobs import SlurmRun
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(600)]
 
 DOWN_S = 60.0
 AGAIN_S = 120.0
