@@ -31,8 +31,7 @@ def whereabouts(paths: RunPaths, run: RunConfig) -> str:
     if run.site.kind == "local":
         return "on this machine" if is_held(paths.lock) else ""
     job = job_of(paths)
-    state = job.state() if job is not None else ""
-    return f"as job {job.id}, {state}" if job is not None and state else ""
+    return f"as job {job.id}, {state}" if job is not None and (state := job.state()) else ""
 
 
 def is_alive(paths: RunPaths, run: RunConfig) -> bool | None:

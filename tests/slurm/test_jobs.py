@@ -1,5 +1,7 @@
 """Runs on a real Slurm: its nodes vanish or are drained, its jobs are queued again."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,14 +21,25 @@ def shape(nodes: int, spares: int, steps: int) -> list[str]:
     return [f"cluster.nodes={nodes}", f"cluster.spares={spares}", f"train.steps={steps}"]
 
 
+@contextmanager
+def dead(cluster: SlurmCluster, node: str) -> Iterator[None]:
+    """End a node; start it again afterwards, once Slurm has seen that it was gone."""
+    cluster.nodes[node].end()
+    try:
+        yield
+    finally:
+        until(lambda: node in cluster.states("down"), f"{node} to be down", DOWN_S)
+        cluster.boot(node)
+        until(lambda: node in cluster.states("idle"), f"{node} to be back", DOWN_S)
+
+
 def test_the_first_node_dies_and_the_others_finish_and_end_the_job(cluster: SlurmCluster, tmp_path: Path) -> None:
     """With it go the batch script, the supervisor, the coordinator and a rank."""
     with SlurmRun(cluster, tmp_path, *shape(3, 2, 150), "verify=true") as run:
         run.wait_for_training(step=10)
         first = run.nodes[0]
         assert run.status["coordinator"] == first
-        cluster.nodes[first].end()
-        try:
+        with dead(cluster, first):
             run.wait_for("first_step", generation=run.wait_for("plan", at_least=10)["generation"])
             run.wait_for_end()
             assert run.status["state"] == "finished"
@@ -34,10 +47,6 @@ def test_the_first_node_dies_and_the_others_finish_and_end_the_job(cluster: Slur
             run.assert_identical_to(reference_losses(run.run_dir))
             assert {event["target"] for event in run.events("evict")} == {first}
             assert run.paths.report.exists()
-        finally:
-            until(lambda: first in cluster.states("down"), f"{first} to be down", DOWN_S)
-            cluster.boot(first)
-            until(lambda: first in cluster.states("idle"), f"{first} to be back", DOWN_S)
 
 
 def test_the_first_node_dies_without_a_spare_and_the_job_goes_on_from_the_queue(
@@ -47,18 +56,13 @@ def test_the_first_node_dies_without_a_spare_and_the_job_goes_on_from_the_queue(
     with SlurmRun(cluster, tmp_path, *shape(3, 0, 80), "protect.persist_every=1000") as run:
         run.wait_for_training(step=10)
         first = run.nodes[0]
-        cluster.nodes[first].end()
-        try:
+        with dead(cluster, first):
             suspended = run.wait_for("run", node="cluster", state="suspended")
             assert "no node is left for every rank" in suspended["reason"] and "queued again" in suspended["reason"]
             again = run.wait_for("run", AGAIN_S, node="cluster", state="started", since=suspended["t"])
             assert again["step"] >= 10 and first not in run.nodes
             run.wait_for_end()
             assert run.status["state"] == "finished"
-        finally:
-            until(lambda: first in cluster.states("down"), f"{first} to be down", DOWN_S)
-            cluster.boot(first)
-            until(lambda: first in cluster.states("idle"), f"{first} to be back", DOWN_S)
 
 
 def test_a_drained_node_is_left_and_before_the_time_limit_the_job_is_queued_again(
