@@ -166,9 +166,13 @@ class ElasticWorld:
     def leave(self, rank: int | None = None) -> None:
         """Drop the real group: a fake one takes its place, in which this process is `rank`."""
         self.rank = self.rank if rank is None else rank
+        old = [group.inner for group in self._groups]
         for group in self._groups:
             group.become(self.rank, _fake_group(self.rank, self.size))
             c10d._world.pg_coalesce_state.pop(group, None)  # filled when a coalesced collective failed
+        # gloo's destructor waits for all that is in flight, and now and then a vote is not woken by the shutting of its
+        # sockets and ends by its timeout alone: who is to go on does not wait for that
+        threading.Thread(target=old.clear, daemon=True).start()
         with self._lock:
             self._sockets = {}
         if self._store is not None:
