@@ -5,9 +5,6 @@ nothing, under which a worker builds its engine without any peers. c10d's interf
 """
 
 import datetime
-import os
-import socket
-import stat
 import threading
 import time
 from collections.abc import Callable
@@ -16,15 +13,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FakeProcessGroup
-from torch.distributed import ProcessGroup, ProcessGroupGloo
+from torch.distributed import ProcessGroup
 from torch.distributed import distributed_c10d as c10d
 
+from gemini_hpc.engine import gloo
 from gemini_hpc.engine.store import StoreClient, StoreServer
 from gemini_hpc.errors import UserError
 
 BACKEND = "elastic"
 
-_SHUT_AGAIN_S = 0.005
+_AGAIN_S = 0.005
 
 _DELEGATED = [
     "allreduce",
@@ -64,9 +62,9 @@ class ElasticGroup(ProcessGroup):
         super().__init__(rank, size)
         self._elastic_rank = rank
         self._elastic_size = size
-        self.inner = _fake_group(rank, size)
+        self.inner: gloo.Group | ProcessGroup = _fake_group(rank, size)
 
-    def become(self, rank: int, inner: ProcessGroup) -> None:
+    def become(self, rank: int, inner: gloo.Group | ProcessGroup) -> None:
         self._elastic_rank = rank
         self.inner = inner
 
@@ -115,7 +113,7 @@ class ElasticWorld:
         self._before: set[int] = set()  # sockets that are not the current group's
         self._sockets: dict[int, int] | None = {}  # inode -> descriptor of the group's; None = being made
         self._generation = 0  # whose group is held or being made
-        self._aborted_through = -1  # all generations up to this one are over
+        self._ended_through = -1  # all generations up to this one were aborted or left
         dist.Backend.register_backend(BACKEND, self._create, extended_api=True, devices=["cpu"])
         dist.init_process_group(BACKEND, store=dist.HashStore(), rank=rank, world_size=size, timeout=self._timeout)
 
@@ -143,41 +141,53 @@ class ElasticWorld:
         raises RuntimeError when `abort` is called meanwhile or a peer does not come.
         """
         with self._lock:
-            self._before = set(_connections())
+            self._before = set(gloo.connections())
             self._sockets = None
             self._generation = generation
         try:
-            self._refuse_aborted()
+            self._refuse_ended()
+            self._device = self._device or gloo.create_device(self._address)
             self._store = store = StoreClient(address, self._timeout.total_seconds())
             for index, group in enumerate(self._groups):
-                self._refuse_aborted()
+                self._refuse_ended()
                 prefix = dist.PrefixStore(f"generation-{generation}/group-{index}", store)
-                group.become(rank, self._gloo_group(prefix, rank))
+                group.become(rank, gloo.Group(prefix, rank, self.size, self._device, self._timeout, self._ended))
             self.rank = rank
         finally:
             with self._lock:
-                self._sockets = {i: fd for i, fd in _connections().items() if i not in self._before}
-        self._refuse_aborted()
+                self._sockets = {i: fd for i, fd in gloo.connections().items() if i not in self._before}
+        self._refuse_ended()
 
-    def _refuse_aborted(self) -> None:
-        if self.aborted:
+    def _refuse_ended(self) -> None:
+        if self.has_ended(self._generation):
             raise RuntimeError(f"generation {self._generation} was aborted while its group formed")
 
     def leave(self, rank: int | None = None) -> None:
-        """Drop the real group: a fake one takes its place, in which this process is `rank`."""
+        """End the group; a fake one takes its place, in which this process is `rank`.
+
+        Blocks until nothing of the group can write to a tensor any more.
+        """
+        self.abort(self._generation)
         self.rank = self.rank if rank is None else rank
         old = [group.inner for group in self._groups]
         for group in self._groups:
             group.become(self.rank, _fake_group(self.rank, self.size))
             c10d._world.pg_coalesce_state.pop(group, None)  # filled when a coalesced collective failed
-        # gloo's destructor waits for all that is in flight, and now and then a vote is not woken by the shutting of its
-        # sockets and ends by its timeout alone: who is to go on does not wait for that
+        # gloo's destructor waits for its threads, of which one may sleep until its timeout
         threading.Thread(target=old.clear, daemon=True).start()
+        gloo.settle(self._sockets or {})
         with self._lock:
             self._sockets = {}
         if self._store is not None:
             self._store.close()
             self._store = None
+
+    def _ended(self) -> bool:
+        """Whether the group has ended; if so, it has come to rest."""
+        if self._sockets is None or not self.has_ended(self._generation):
+            return False
+        gloo.settle(self._sockets)
+        return True
 
     def vote(self, mine: bool) -> Callable[[], bool]:
         """Cast a vote (all ranks); what is returned waits for all of them, and says whether all are true.
@@ -198,43 +208,24 @@ class ElasticWorld:
 
         Every collective in flight on its group, and every later one, raises. While the group forms, what it
         opens is shut until `join` gives up, which it does at once.
-
-        gloo's own abort does not wake a rank that waits for a peer which is alive but has left, or which
-        vanished without a reset of the connection (FACTS.md section 1). Shutting the sockets does.
         """
         forming = True
         while forming:
             with self._lock:
-                self._aborted_through = max(self._aborted_through, generation)
-                if not self.aborted:
+                self._ended_through = max(self._ended_through, generation)
+                if not self.has_ended(self._generation):
                     return
                 forming = self._sockets is None  # then everything opened since belongs to it
                 doomed = self._sockets
                 if doomed is None:
-                    doomed = {i: fd for i, fd in _connections().items() if i not in self._before}
-                for inode, descriptor in doomed.items():
-                    _shut(inode, descriptor)
+                    doomed = {i: fd for i, fd in gloo.connections().items() if i not in self._before}
+                gloo.shut(doomed)
             if forming:
-                time.sleep(_SHUT_AGAIN_S)
+                time.sleep(_AGAIN_S)
 
-    @property
-    def aborted(self) -> bool:
-        """Whether the generation whose group is held, or was held last, has been aborted."""
-        return self._generation <= self._aborted_through
-
-    def _gloo_group(self, store: "dist.Store", rank: int) -> ProcessGroup:
-        options = ProcessGroupGloo._Options()
-        if self._device is None:
-            # one for all groups: each has a thread, and to end it takes gloo 10 ms
-            self._device = ProcessGroupGloo.create_device(hostname=self._address)
-        options._devices = [self._device]
-        options._timeout = self._timeout
-        group = ProcessGroup(store, rank, self.size)
-        backend = ProcessGroupGloo(store, rank, self.size, options)
-        backend._set_sequence_number_for_group()
-        group._set_default_backend(ProcessGroup.BackendType.GLOO)
-        group._register_backend(torch.device("cpu"), ProcessGroup.BackendType.GLOO, backend)
-        return group
+    def has_ended(self, generation: int) -> bool:
+        """Whether `generation` was aborted or left."""
+        return generation <= self._ended_through
 
 
 def _fake_group(rank: int, size: int) -> ProcessGroup:
@@ -243,37 +234,6 @@ def _fake_group(rank: int, size: int) -> ProcessGroup:
     group._set_default_backend(ProcessGroup.BackendType.CUSTOM)
     group._register_backend(torch.device("cpu"), ProcessGroup.BackendType.CUSTOM, backend)
     return group
-
-
-def _connections() -> dict[int, int]:
-    """Return inode -> descriptor of this process's TCP connections; not of listeners, on which gloo would abort."""
-    found = {}
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            status = os.fstat(int(name))
-            if stat.S_ISSOCK(status.st_mode) and _is_connected(int(name)):
-                found[status.st_ino] = int(name)
-        except OSError:
-            continue  # closed meanwhile
-    return found
-
-
-def _is_connected(descriptor: int) -> bool:
-    with socket.socket(fileno=os.dup(descriptor)) as probe:
-        if probe.family not in (socket.AF_INET, socket.AF_INET6):
-            return False
-        # one that still connects is among them: to be shut is the end of its wait
-        return probe.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == 0
-
-
-def _shut(inode: int, descriptor: int) -> None:
-    try:
-        if os.fstat(descriptor).st_ino != inode:
-            return  # the number was given to another file since
-        with socket.socket(fileno=os.dup(descriptor)) as line:
-            line.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        return  # already closed
 
 
 def is_peer_failure(error: BaseException) -> bool:

@@ -115,14 +115,15 @@ class Worker:
         try:
             self._enter(join)
             self._train(join)
+            return
         except Exception as error:
             if isinstance(error, SnapshotDamaged):
                 self._channel.send(Damaged(self._node, join.generation, join.rank, join.step))
-            elif self._world.aborted or is_peer_failure(error) or isinstance(error, OthersNotFinite):
+            elif self._world.has_ended(join.generation) or is_peer_failure(error) or isinstance(error, OthersNotFinite):
                 self._channel.send(Trouble(self._node, join.generation, _in_a_line(error)))
             else:
                 raise
-            self._park()
+        self._park()  # now that the error, and what it held of the group, is gone
 
     def _park(self) -> None:
         """Leave the group, and hold a fresh store for the next."""
@@ -290,7 +291,7 @@ class Worker:
         assert arena is not None
         deadline = time.monotonic() + self._run.recovery.join_s
         while not self._is_safe(arena):
-            if self._world.aborted:
+            if self._world.has_ended(self._generation):
                 raise RuntimeError("the group was aborted")
             if time.monotonic() > deadline:
                 return False

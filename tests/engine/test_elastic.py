@@ -1,13 +1,18 @@
 """The elastic group: it forms, it is given up, and an abort ends every wait inside it."""
 
+import os
+import signal
 import socket
 import time
+from typing import Any
 
 import pytest
 
 from tests.engine.harness import Cluster, Clusters, Undisturbed
 from tests.engine.job import Case
 
+HERE = "tests.engine.test_elastic"
+LONG = 16_000_000  # float32: more than the kernel takes from a sender
 PROMPT_S = 20.0  # torch takes seconds to word an error on a busy machine; a wait ends by itself after 60 s
 
 
@@ -85,6 +90,62 @@ def test_an_abort_that_comes_late_does_not_harm_the_next_group(cluster: Clusters
         rank.call("census")  # the abort was read first
     run.train(3, 7)
     assert run.losses() == undisturbed(Case(), 2, 7)
+
+
+def test_an_abort_wakes_a_rank_whose_message_is_half_sent(cluster: Clusters) -> None:
+    """gloo itself forgets to: the peer stopped reading, and the rank waits for the rest to be sent."""
+    run = cluster(Case(), size=2, spares=0).start()
+    run.ranks[1].send("call", module=HERE, function="stop_while_receiving")
+    run.ranks[1].wait_struck("T")
+    run.ranks[0].send("call", module=HERE, function="broadcast")
+    run.ranks[0].settle()
+    run.ranks[0].send("abort", generation=run.generation)
+    run.ranks[0].failure(wait_s=PROMPT_S)
+    run.ranks[0].send("leave")
+    run.ranks[0].answer(PROMPT_S)
+
+
+def test_an_abort_in_the_middle_of_small_collectives_wakes_every_rank(cluster: Clusters) -> None:
+    """Whatever they are at; without `gloo.Work` one in twenty waits sleeps on until its timeout."""
+    run = cluster(Case(), size=3, spares=0).start()
+    for generation in range(25):
+        for rank in run.ranks:
+            rank.send("call", module=HERE, function="talk")
+        time.sleep(0.05 + generation * 0.0003)
+        for rank in run.ranks:
+            rank.send("abort", generation=run.generation)
+        for rank in run.ranks:
+            assert rank.failure(wait_s=PROMPT_S).peer
+        run.recover([])
+    run.train(1, 1)
+
+
+def stop_while_receiving(rank: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    dist.broadcast(torch.empty(LONG), 0, async_op=True)
+    time.sleep(1.0)  # so that it is asked for
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def broadcast(rank: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    dist.broadcast(torch.empty(LONG), 0)
+
+
+def talk(rank: Any) -> None:
+    """Vote and reduce until that fails."""
+    import torch
+    import torch.distributed as dist
+
+    number = torch.ones(1)
+    while True:
+        outcome = rank._world.vote(True)
+        dist.all_reduce(number)
+        outcome()
 
 
 def test_errors_of_a_killed_peer_are_peer_failures(cluster: Clusters) -> None:
