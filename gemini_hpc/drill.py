@@ -87,7 +87,8 @@ class _Place:
             ACTIONS[action][1](self._paths, node)
             return
         there = python("gemini_hpc.drill", str(self._paths.run_dir), action, node)
-        done = subprocess.run([*job.step([node]), *there], env=step_environment(os.environ), stdout=subprocess.DEVNULL)
+        step = [*job.step([node], "gemini-drill"), *there]
+        done = subprocess.run(step, env=step_environment(os.environ), stdout=subprocess.DEVNULL)
         if done.returncode:
             raise UserError(f"{action} could not be done on {node}; see above")
 

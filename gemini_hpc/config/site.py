@@ -100,7 +100,21 @@ def resolve_site(name_or_path: str) -> SiteConfig:
         if path.suffix not in (".yaml", ".yml"):
             known = nearest(name_or_path, [AUTO, *site_names()])
             raise UserError(f"unknown site {name_or_path!r}: {known}, or the path of a .yaml file")
-    return validate(SiteConfig, {"name": path.stem, **read_yaml(path)}, str(path))
+    return validate(SiteConfig, {"name": path.stem, **_values(path)}, str(path))
+
+
+def _values(path: Path) -> dict[str, Any]:
+    """Return what a site file says: with `extends: NAME` that beside what that site of the package says."""
+    own = read_yaml(path)
+    base = own.pop("extends", None)
+    if base is None:
+        return own
+    if base not in site_names():
+        raise UserError(f"{path}: extends: {base!r}: {nearest(str(base), site_names())}")
+    others = read_yaml(SITES_DIR / f"{base}.yaml")
+    if "extends" in others:
+        raise UserError(f"{path}: extends: {base!r} extends another one itself: write down what that one says")
+    return others | own
 
 
 def _variables() -> dict[str, str]:

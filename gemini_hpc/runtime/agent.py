@@ -129,10 +129,10 @@ class Agent:
         self._events.close(FLUSH_S)
 
     def _is_cancelled(self) -> bool:
-        if not _signals:
-            return False
-        _signals.clear()
-        return self._cluster.is_cancelled()
+        if _signals:
+            _signals.clear()
+            self._cluster.told_to_end()
+        return self._cluster.is_cancelled
 
     def _watch_clock(self) -> None:
         now, rules = time.monotonic(), self._run.recovery

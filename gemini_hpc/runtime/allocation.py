@@ -21,7 +21,7 @@ import zmq
 
 from gemini_hpc.config import RunConfig
 from gemini_hpc.core.codec import Message
-from gemini_hpc.core.messages import Finish, NodeDrains, NodeExited, Retire, StartWorld, WorldFailed
+from gemini_hpc.core.messages import Finish, NodeDrains, NodeExited, Retire, StartWorld, Suspend, WorldFailed
 from gemini_hpc.errors import GeminiError
 from gemini_hpc.runtime.children import DYING_WITH_US, NOT_WAITED_FOR, open_log, python
 from gemini_hpc.runtime.cluster import LOOPBACK, address_of, own_address
@@ -44,6 +44,9 @@ ASK_S = 2.0
 LEAVING_S = 10.0
 """How long to wait for an agent of the same run that is leaving this node."""
 
+SUSPEND_S = 1.0
+"""How often it is said that the job is preempted: a new coordinator may not have heard."""
+
 SEE_OUT_POLL_S = 0.5
 ECHO_S = 10.0
 """A supervisor that lives says within this time that it has heard of the end."""
@@ -51,6 +54,9 @@ ECHO_S = 10.0
 
 class Embedded:
     """Virtual nodes: a line to the supervisor."""
+
+    is_cancelled = False
+    """Whether this node is to leave now."""
 
     forsaken_timeouts = 10
     """After so many heartbeat timeouts without a coordinator a node takes itself for evicted."""
@@ -76,9 +82,9 @@ class Embedded:
     def ask(self, wanted: bool) -> None:
         """Look after the other nodes from now on, or do not. Here the supervisor always does."""
 
-    def is_cancelled(self) -> bool:
-        """Whether this node, which was told to end by a signal, is to leave."""
-        return True
+    def told_to_end(self) -> None:
+        """Take a signal that tells this node to end."""
+        self.is_cancelled = True
 
     def see_out(self, end: Finish, is_cancelled: Callable[[], bool]) -> None:
         """The run is over, and this node has let everything go: see to it that the job ends, too."""
@@ -100,6 +106,8 @@ class Allocation(Embedded):
         self._world: subprocess.Popen[bytes] | None = None
         self._world_number = 0
         self._failed = ""  # why the world is no more
+        self._preempted = False
+        self._said_preempted = 0.0
         self._supervisor_closes = False  # it has said that it knows of the end of the run
         self._dismissed = False  # and that it is done with it
         self._windows_log = open_log(paths.logs / "windows.log")
@@ -129,6 +137,9 @@ class Allocation(Embedded):
         if self._failed:
             failed, self._failed = self._failed, ""
             return WorldFailed("", self._world_number, failed)
+        if self._preempted and time.monotonic() - self._said_preempted > SUSPEND_S:
+            self._said_preempted = time.monotonic()
+            return Suspend("", "the job is about to be preempted")
         return self._hear_supervisor() or self._witness.next()
 
     def _hear_supervisor(self) -> Message | None:
@@ -143,12 +154,16 @@ class Allocation(Embedded):
         else:
             self._witness.wanted.clear()
 
-    def is_cancelled(self) -> bool:
-        """The end of a job begins with SIGTERM everywhere, and so does the grace before it is preempted."""
+    def told_to_end(self) -> None:
+        """Find out, in a thread, what SIGTERM means: the end of a job begins with it, and so does its preemption."""
+        threading.Thread(target=self._find_out, daemon=True).start()
+
+    def _find_out(self) -> None:
         try:
-            return self._job.state() != "RUNNING"
+            self._preempted = self._job.goes_on()
         except SlurmError:
-            return True
+            self._preempted = False
+        self.is_cancelled = not self._preempted
 
     def see_out(self, end: Finish, is_cancelled: Callable[[], bool]) -> None:
         """Wait for the end of the job. It ends with its batch script; where that is gone, the first of us ends it."""
@@ -200,7 +215,7 @@ class Allocation(Embedded):
         paths, site = self._paths, self._run.site
         here = HostSpec(THIS_NODE, paths.arena(THIS_NODE), paths.socket(THIS_NODE))
         program = step_command(Path(sys.executable), paths.run_id, order.world, here)
-        step = self._job.step(order.members, paths.logs / "windows.log", "--mpi=pmi2", "--job-name=gemini-windows")
+        step = self._job.step(order.members, "gemini-windows", "--mpi=pmi2")
         self._world_number = order.world
         try:
             self._world = subprocess.Popen(

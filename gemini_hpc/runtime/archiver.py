@@ -18,7 +18,7 @@ from gemini_hpc.runtime.channel import Channel
 from gemini_hpc.runtime.children import PARENT
 from gemini_hpc.runtime.fingerprint import fingerprint
 from gemini_hpc.runtime.paths import RunPaths, open_run
-from gemini_hpc.runtime.processes import die_with_parent
+from gemini_hpc.runtime.processes import live_for
 
 
 class Archiver:
@@ -114,7 +114,7 @@ class Archiver:
 
 def main() -> None:
     run_dir, node = sys.argv[1:]
-    die_with_parent(int(os.environ[PARENT]))
+    live_for(int(os.environ[PARENT]))
     paths, run = open_run(run_dir)
     archiver = Archiver(paths, run, node)
     channel = Channel.connect(paths.socket(node))

@@ -65,11 +65,8 @@ class Child:
         os.close(self.pidfd)
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
-    def end(self, patience_s: float = 0.0) -> None:
-        """SIGTERM if there is patience, then SIGKILL. One that hangs in the kernel (NFS) is left to die later."""
-        if patience_s > 0:
-            self._process.terminate()
-            wait_exit(self.pidfd, patience_s)
+    def end(self) -> None:
+        """Kill it. One that hangs in the kernel (NFS) is left to die later."""
         self._process.kill()
         if wait_exit(self.pidfd, KILL_S):
             self.reap()

@@ -4,8 +4,10 @@ It decides nothing about the training: who leads, and what is done, the agents s
 """
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -19,9 +21,9 @@ from gemini_hpc.runtime.children import DYING_WITH_US, NOT_WAITED_FOR, Child, op
 from gemini_hpc.runtime.cluster import CLUSTER, LOOPBACK, NODES, RETURNED, nodes_of, own_address
 from gemini_hpc.runtime.living import note_job
 from gemini_hpc.runtime.paths import RunPaths
-from gemini_hpc.runtime.processes import NODE_MARK, RUN_MARK, wait_exit
+from gemini_hpc.runtime.processes import NODE_MARK, RUN_MARK, children_of, kill, wait_exit
 from gemini_hpc.runtime.wire import Server, Wire
-from gemini_hpc.slurm.control import this_job
+from gemini_hpc.slurm.control import SlurmError, this_job
 from gemini_hpc.windows.launch import HostSpec, mpiexec_command
 
 POLL_MS = 100
@@ -30,6 +32,12 @@ SUSPEND_S = 1.0
 
 PATIENCE_S = 5.0
 """How long agents may take to leave after the end of the run."""
+
+AGENT_STEP = "gemini-agent"
+"""Name of the steps of Slurm that agents are."""
+
+STEPS_S, STEPS_POLL_S, DESERTED_LOOKS = 15.0, 0.5, 2
+"""How often Slurm is asked whether there are such steps, also at the end, and how often it must say no."""
 
 
 class Nodes(ABC):
@@ -44,6 +52,7 @@ class Nodes(ABC):
         self._poller.register(self._server.socket, zmq.POLLIN)
         self._logs = {node: open_log(paths.logs / f"agent-{node}.log") for node in self._names}
         self._agents: dict[str, Child] = {}
+        self._alive: set[str] = set()  # nodes whose agents were started, and have not been lost
         self._up: dict[str, NodeUp] = {}
         self._exited: dict[str, NodeExited] = {}
         self._voters = set(self._names)  # have never been lost
@@ -104,11 +113,13 @@ class Nodes(ABC):
         names = {CLUSTER: self._server.endpoint, NODES: ",".join(self._names), RETURNED: str(int(returned))}
         child = Child(self._command(node, marks | names), {}, self._logs[node])
         self._agents[node] = child
+        self._alive.add(node)
         self._poller.register(child.pidfd, zmq.POLLIN)
 
     def _lose(self, node: str) -> None:
         """Tell everybody that a node is gone."""
         self._up.pop(node, None)
+        self._alive.discard(node)
         self._voters.discard(node)
         self._exited[node] = NodeExited(node, "its agent is gone")
         self._tell_all(self._exited[node])
@@ -122,7 +133,7 @@ class Nodes(ABC):
         return ended
 
     def _handle(self, sender: str, message: Message) -> None:
-        if isinstance(message, NodeUp) and message.node == sender and sender in self._agents:
+        if isinstance(message, NodeUp) and message.node == sender and sender in self._alive:
             for known in (*self._exited.values(), *self._up.values()):
                 self._server.send(message.node, known)
             self._exited.pop(message.node, None)
@@ -205,21 +216,57 @@ class VirtualNodes(Nodes):
 
 
 class SlurmNodes(Nodes):
-    """The nodes of a Slurm job: each agent is a step of its own, and its srun our child."""
+    """The nodes of a Slurm job: each agent is a step of its own.
+
+    Its srun is our child, and is killed as soon as the agent is up, which outlives it: at the SIGTERM with which Slurm
+    begins the end of a job, or its preemption, srun would kill the agent at once.
+    """
 
     def __init__(self, paths: RunPaths, run: RunConfig) -> None:
         self._job = this_job(run.site.call_timeout_s)
+        self._looks_without_agents = 0
         note_job(paths, self._job.id)
         super().__init__(paths, run, own_address(run))
+        threading.Thread(target=self._watch_steps, daemon=True).start()
+
+    def turn(self) -> Finish | None:
+        end = super().turn()
+        if end is None and self._looks_without_agents >= DESERTED_LOOKS:
+            return Finish("", "suspended", "no agent is left; go on from the newest checkpoint")
+        return end
 
     def close(self) -> None:
-        for node in self._agents:
+        for node in self._alive:
             self._server.send(node, Retire(node, 0))
+        deadline = time.monotonic() + PATIENCE_S
+        while self._agents_left() and time.monotonic() < deadline:
+            time.sleep(STEPS_POLL_S)
         super().close()
+
+    def _handle(self, sender: str, message: Message) -> None:
+        super()._handle(sender, message)
+        if sender in self._up and (srun := self._agents.pop(sender, None)) is not None:
+            self._poller.unregister(srun.pidfd)
+            for shepherd in children_of(srun.pid):  # first: it is there to end the step when srun dies
+                kill(shepherd, signal.SIGKILL)
+            srun.end()
 
     def _command(self, node: str, environment: dict[str, str]) -> list[str]:
         # not into srun's own environment: whoever looks for the node's processes is not to find it
         told = [f"{name}={value}" for name, value in environment.items()]
-        step = self._job.step([node], self._paths.logs / f"agent-{node}.log", "--job-name=gemini-agent")
+        log = ["/bin/sh", "-c", 'exec "$@" >>"$0" 2>&1', str(self._paths.logs / f"agent-{node}.log")]  # not by srun
         agent = python("gemini_hpc.runtime.agent", str(self._paths.run_dir), node)
-        return [*DYING_WITH_US, "/usr/bin/env", *step, "env", *told, *agent]
+        return [*DYING_WITH_US, "/usr/bin/env", *self._job.step([node], AGENT_STEP), *log, "env", *told, *agent]
+
+    def _watch_steps(self) -> None:
+        """See whether any agent is left; those who are see by themselves who is not."""
+        while not self._closed:
+            time.sleep(STEPS_S)
+            up, left = bool(self._up), self._agents_left()
+            self._looks_without_agents = self._looks_without_agents + 1 if up and not left else 0
+
+    def _agents_left(self) -> bool:
+        try:
+            return AGENT_STEP in self._job.steps()
+        except SlurmError:
+            return True  # it is busy, or away

@@ -26,6 +26,16 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
+def live_for(parent: int) -> None:
+    """Be one of an agent's processes: end with it, and only with it.
+
+    The SIGTERM with which Slurm begins the end of a job, or the grace before it is preempted, reaches all processes;
+    what it means the agent finds out.
+    """
+    die_with_parent(parent)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def marked(name: str, value: str) -> list[int]:
     """Return the processes of this user whose environment has `name`=`value`, this one excluded.
 
@@ -72,6 +82,14 @@ def kill(pid: int, number: int) -> None:
         os.kill(pid, number)
     except ProcessLookupError:
         return
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the processes that a process started, and that have not been collected; none when it is gone."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
 
 
 def state_of(pid: int) -> str:

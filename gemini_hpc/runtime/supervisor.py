@@ -188,7 +188,7 @@ def _taken_away(run: RunConfig) -> str:
         return f"told by SIGUSR2, {run.site.signal_delay_s} s before the time limit"
     if signal.SIGTERM in _signals and run.site.kind == "slurm":
         try:  # the end of a job begins with SIGTERM, and so does the grace before it is preempted
-            if this_job(run.site.call_timeout_s).state() == "RUNNING":
+            if this_job(run.site.call_timeout_s).goes_on():
                 return "the job is about to be preempted"
         except SlurmError:
             pass

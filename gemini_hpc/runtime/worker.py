@@ -41,7 +41,7 @@ from gemini_hpc.runtime.channel import Channel  # noqa: E402
 from gemini_hpc.runtime.children import PARENT  # noqa: E402
 from gemini_hpc.runtime.drills import Drills  # noqa: E402
 from gemini_hpc.runtime.paths import RunPaths, open_run  # noqa: E402
-from gemini_hpc.runtime.processes import die_with_parent  # noqa: E402
+from gemini_hpc.runtime.processes import live_for  # noqa: E402
 
 NOT_FINITE = "not_finite"
 """Folder of the run: a file for each step and generation in which a number was not finite."""
@@ -314,7 +314,7 @@ def _in_a_line(error: BaseException) -> str:
 
 def main() -> None:
     run_dir, node = sys.argv[1:]
-    die_with_parent(int(os.environ[PARENT]))
+    live_for(int(os.environ[PARENT]))
     os.nice(NICENESS)
     paths, run = open_run(run_dir)
     channel = Channel.connect(paths.socket(node))

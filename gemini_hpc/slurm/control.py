@@ -3,7 +3,6 @@
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from gemini_hpc.errors import GeminiError
 
@@ -14,6 +13,7 @@ options."""
 _LAUNCHERS = ("SLURM_", "SRUN_", "PMI_", "PMIX_", "PMI2_")
 
 _GONE = ("down", "fail", "failing", "error", "powering_down", "powered_down", "power_down", "unknown")
+_GOES_ON = ("RUNNING", "SIGNALING", "RESIZING", "SUSPENDED", "STOPPED")
 _LEAVING = ("drain", "drained", "draining", "drng", "maint")
 
 
@@ -51,6 +51,14 @@ class SlurmJob:
                 return ""
             raise
 
+    def goes_on(self) -> bool:
+        """Whether it has nodes and is not being ended; a job that is about to be preempted is not yet."""
+        return self.state() in _GOES_ON
+
+    def steps(self) -> list[str]:
+        """Return the names of the steps that run."""
+        return self._call("squeue", "--steps", "--noheader", "--format=%j", f"--jobs={self.id}").split()
+
     def requeue(self) -> None:
         """Have the job start again, when there are nodes for it; this ends it now, the caller's step included."""
         self._call("scontrol", "requeue", self.id)
@@ -59,15 +67,16 @@ class SlurmJob:
         """End the job now, the caller's step included."""
         self._call("scancel", self.id)
 
-    def step(self, nodes: Sequence[str], output: Path | None = None, *options: str) -> list[str]:
+    def step(self, nodes: Sequence[str], name: str, *options: str) -> list[str]:
         """Return the words before a program that is to run once on each of `nodes`, in a step of its own.
 
         The step shares the job's resources with all others, and outlives the loss of nodes, of tasks, and of srun.
-        Its environment is `step_environment`; what it prints is written to `output` on its node, else by srun.
+        Its environment is `step_environment`. What it prints is srun's to write, and lost with it.
         """
         return [
             "srun",
             f"--jobid={self.id}",
+            f"--job-name={name}",
             "--overlap",
             "--no-kill",
             "--kill-on-bad-exit=0",
@@ -77,7 +86,6 @@ class SlurmJob:
             "--ntasks-per-node=1",
             f"--nodelist={','.join(nodes)}",
             "--input=none",
-            *([f"--output={output}", "--open-mode=append"] if output else []),
             *options,
         ]
 

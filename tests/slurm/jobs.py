@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.cluster.matrix import JOB, JOB_ENTRY
 from tests.cluster.runs import GONE_S, Run, command, until
 from tests.slurm.cluster import SlurmCluster
 
@@ -22,10 +23,14 @@ LOOK_S = 0.5
 
 
 class SlurmRun(Run):
-    """One `submit` on the login node, and its job. Use as a context: at its end nothing of the run may be left."""
+    """One `submit` on the login node, and its job, with the training of the fault matrix.
+
+    Use as a context: at its end nothing of the run may be left.
+    """
 
     def __init__(self, cluster: SlurmCluster, place: Path, *settings: str, resume: Path | None = None) -> None:
-        what = ["--resume", str(resume)] if resume else ["--site", str(_site(place)), "model.preset=tiny"]
+        (place / "fault_job.py").write_text(JOB)
+        what = ["--resume", str(resume)] if resume else ["--site", str(_site(place)), "model.preset=tiny", JOB_ENTRY]
         done = cluster.run(*command("submit", *what, *settings), cwd=place)
         assert done.returncode == 0, done.stderr
         told = dict(re.findall(r"^(run|job) +(.+)$", done.stdout, re.MULTILINE))

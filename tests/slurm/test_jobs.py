@@ -1,17 +1,22 @@
 """Runs on a real Slurm: its nodes vanish or are drained, its jobs are queued again."""
 
+import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from gemini_hpc.analysis.timeline import recoveries
+from tests.cluster.matrix import STEPS, Matrix, References, assert_identical
 from tests.cluster.runs import START_S, command, reference_losses, until
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.jobs import SlurmRun
 
-pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
+ROOT = Path(__file__).parents[2]
 DOWN_S = 60.0
 AGAIN_S = 120.0
 """A job that was requeued starts again after its credential has expired."""
@@ -25,6 +30,19 @@ def shape(nodes: int, spares: int, steps: int) -> list[str]:
 def dead(cluster: SlurmCluster, node: str) -> Iterator[None]:
     """End a node; start it again afterwards, once Slurm has seen that it was gone."""
     cluster.nodes[node].end()
+    with _booted_again(cluster, node):
+        yield
+
+
+@contextmanager
+def lost_power(cluster: SlurmCluster, node: str) -> Iterator[None]:
+    cluster.lose_power(node)
+    with _booted_again(cluster, node):
+        yield
+
+
+@contextmanager
+def _booted_again(cluster: SlurmCluster, node: str) -> Iterator[None]:
     try:
         yield
     finally:
@@ -35,7 +53,7 @@ def dead(cluster: SlurmCluster, node: str) -> Iterator[None]:
 
 def test_the_first_node_dies_and_the_others_finish_and_end_the_job(cluster: SlurmCluster, tmp_path: Path) -> None:
     """With it go the batch script, the supervisor, the coordinator and a rank."""
-    with SlurmRun(cluster, tmp_path, *shape(3, 2, 150), "verify=true") as run:
+    with SlurmRun(cluster, tmp_path, *shape(3, 2, STEPS), "verify=true") as run:
         run.wait_for_training(step=10)
         first = run.nodes[0]
         assert run.status["coordinator"] == first
@@ -53,7 +71,7 @@ def test_the_first_node_dies_without_a_spare_and_the_job_goes_on_from_the_queue(
     cluster: SlurmCluster, tmp_path: Path
 ) -> None:
     """Those who are left save what they have, and put the job back into the queue: nobody else could."""
-    with SlurmRun(cluster, tmp_path, *shape(3, 0, 80), "protect.persist_every=1000") as run:
+    with SlurmRun(cluster, tmp_path, *shape(3, 0, STEPS), "protect.persist_every=1000") as run:
         run.wait_for_training(step=10)
         first = run.nodes[0]
         with dead(cluster, first):
@@ -66,9 +84,9 @@ def test_the_first_node_dies_without_a_spare_and_the_job_goes_on_from_the_queue(
 
 
 def test_a_drained_node_is_left_and_before_the_time_limit_the_job_is_queued_again(
-    cluster: SlurmCluster, tmp_path: Path
+    cluster: SlurmCluster, tmp_path: Path, references: References
 ) -> None:
-    with SlurmRun(cluster, tmp_path, *shape(2, 1, 200), "verify=true") as run:
+    with SlurmRun(cluster, tmp_path, *shape(2, 1, 120)) as run:
         run.wait_for_training(step=10)
         _, second, spare = run.nodes
         cluster.run("scontrol", "update", f"nodename={second}", "state=drain", "reason=test")
@@ -93,5 +111,64 @@ def test_a_drained_node_is_left_and_before_the_time_limit_the_job_is_queued_agai
             run.wait_for_end()
         finally:
             cluster.run("scontrol", "update", f"nodename={second}", "state=resume")
-        assert "to the last bit" in run.status["verdict"]
+        assert_identical(run, references(2, 120))
         assert run.status_of()["alive"] is False
+
+
+@pytest.mark.faults
+def test_a_node_loses_power_while_slurm_believes_it_alive(
+    cluster: SlurmCluster, tmp_path: Path, matrix: Matrix, references: References
+) -> None:
+    """Nothing is reset, and Slurm will not know for seconds: the heartbeat alone tells."""
+    with SlurmRun(cluster, tmp_path, *shape(3, 1, STEPS)) as run:
+        run.wait_for_training(step=10)
+        lost, since = run.nodes[1], time.time()
+        with lost_power(cluster, lost):
+            run.wait_for("first_step", generation=run.generation(2))
+            assert lost not in cluster.states("down"), "Slurm knew it first"
+            run.wait_for_end()
+        assert_identical(run, references(3, STEPS))
+        (item,) = recoveries(run.events())
+        assert (item.targets, item.rung, item.tier) == ((lost,), "hot_swap", "peer")
+        matrix.enter_recovery("Slurm: a node loses power", item, since)
+
+
+def test_the_script_works_as_it_is_from_the_root_of_the_repository(cluster: SlurmCluster) -> None:
+    """All that it asks for, Ibex's nodes have, and those of the tests but for the GPUs: sbatch's flags come first."""
+    flags = ["--parsable", "--output=/dev/null", "--gpus-per-node=0"]
+    told = cluster.run("sbatch", *flags, "sbatch/gpt2_gemini.sh", cwd=ROOT)
+    assert told.returncode == 0, told.stderr
+    job = told.stdout.strip()
+    runs = cluster.place / "ibex/user"
+    try:
+        until(lambda: not cluster.run("squeue", "-h", "-j", job).stdout.strip(), "the end of the job", 300.0)
+    finally:
+        cluster.run("scancel", job)
+    (status,) = runs.glob(f"*/gemini_hpc/runs/*job-{job}*/status.json")
+    assert json.loads(status.read_text())["state"] == "finished"
+
+
+def test_scancel_ends_everything_at_once(cluster: SlurmCluster, tmp_path: Path) -> None:
+    with SlurmRun(cluster, tmp_path, *shape(3, 1, 100_000)) as run:
+        run.wait_for_training(step=10)
+        assert cluster.run("scancel", run.job).returncode == 0
+        run.wait_for_end()
+        assert run.status["state"] == "stopped"
+        assert not run.events("evict")
+
+
+def test_a_preempted_job_is_saved_and_goes_on_when_there_are_nodes_again(
+    cluster: SlurmCluster, tmp_path: Path, references: References
+) -> None:
+    """Slurm tells every process of it by SIGTERM, and gives it a grace (30 s here)."""
+    with SlurmRun(cluster, tmp_path, *shape(3, 1, STEPS), "protect.persist_every=1000") as run:
+        run.wait_for_training(step=10)
+        urgent = cluster.run("sbatch", "-p", "urgent", "-N6", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
+        assert urgent.returncode == 0, urgent.stderr
+        suspended = run.wait_for("run", node="cluster", state="suspended")
+        assert "preempted" in suspended["reason"] and "queued again" in suspended["reason"]
+        again = run.wait_for("run", AGAIN_S, node="cluster", state="started", since=suspended["t"])
+        assert again["step"] >= 10
+        run.wait_for_end()
+        assert_identical(run, references(3, STEPS))
+        assert not run.events("evict")

@@ -6,6 +6,7 @@ mount --make-rprivate /
 hostname "$name"
 mount -t tmpfs -o mode=1777,size=1g tmpfs /dev/shm
 mount -t tmpfs -o mode=755 tmpfs /run
+mount -t sysfs sysfs /sys # with the network devices of this node
 mkdir -p /run/munge
 ip=/usr/sbin/ip
 if [ "$name" = login ]; then
@@ -14,15 +15,16 @@ if [ "$name" = login ]; then
     mount -t overlay -o lowerdir=usr:/usr overlay /usr
     cd "$place"
     mount -t overlay -o lowerdir=etc:/etc overlay /etc
+    mount --bind "$place/ibex" /ibex
     $ip link set lo up
     $ip link add bridge type bridge
     $ip addr add "$network.1/24" dev bridge
     $ip link set bridge up
 else
-    until $ip link show eth0 >/dev/null 2>&1; do sleep 0.01; done
+    until $ip link show ib0 >/dev/null 2>&1; do sleep 0.01; done
     $ip link set lo up
-    $ip addr add "$network.$((10 + ${name#n}))/24" dev eth0
-    $ip link set eth0 up
+    $ip addr add "$network.$((10 + ${name#n}))/24" dev ib0
+    $ip link set ib0 up
     $ip route add default via "$network.1"
 fi
 munged --key-file="$place/munge.key" --socket=/run/munge/munge.socket.2 --pid-file=/run/munge/munged.pid \

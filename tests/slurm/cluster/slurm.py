@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from tests.slurm.cluster.packages import APART, unpack
@@ -18,6 +19,9 @@ UP_S = 30.0
 CALL_S = 60.0
 NETWORK = "10.183.0"
 INIT = Path(__file__).with_name("init.sh")
+
+IBEX = Path("/ibex")
+"""The shared file system that sbatch/gpt2_gemini.sh writes to. Here it is empty: the nodes have one of their own."""
 
 CONF = """\
 ClusterName=test
@@ -100,7 +104,7 @@ class SlurmCluster:
         key.touch(0o600)
         key.write_bytes(os.urandom(128))
         lines = [
-            f"NodeName={name} NodeAddr={self.address(name)} CPUs=4 RealMemory=4000 Feature=a100,4gpus Gres=gpu:4"
+            f"NodeName={name} NodeAddr={self.address(name)} CPUs=8 RealMemory=70000 Feature=a100,4gpus"
             for name in self.names
         ]
         (place / "etc/slurm/slurm.conf").write_text(
@@ -111,10 +115,12 @@ class SlurmCluster:
                 nodes="\n".join(lines),
             )
         )
-        (place / "etc/slurm/gres.conf").write_text("Name=gpu Count=4\n")  # without devices, as on Ibex's A100 nodes
         (place / "etc/slurm/cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         hosts = [f"{NETWORK}.1 login", *(f"{self.address(name)} {name}" for name in self.names)]
         (place / "etc/hosts").write_text("\n".join(["127.0.0.1 localhost", *hosts, ""]))
+        (place / "ibex").mkdir()
+        self._mount_point = not IBEX.exists()
+        IBEX.mkdir(exist_ok=True)
         self.login = self._start("login", APART, str(unpack()))
         self.nodes: dict[str, Node] = {}
         self._until(lambda: (place / "log/login.up").exists(), "the login node")
@@ -130,20 +136,41 @@ class SlurmCluster:
         node = self.nodes[name] = self._start(name, self.login.enter(APART))
         link = ["ip", "link", "add", f"v-{name}", "master", "bridge", "up", "type", "veth"]
         there = ["nsenter", f"--target={self.login.init}", "--mount", "--net"]  # by the numbers of this machine
-        subprocess.run([*there, *link, "peer", "name", "eth0", "netns", str(node.init)], check=True)
+        subprocess.run([*there, "ip", "link", "del", f"v-{name}"], capture_output=True)  # of its life before
+        subprocess.run([*there, *link, "peer", "name", "ib0", "netns", str(node.init)], check=True)
+
+    def lose_power(self, name: str) -> None:
+        """End a node without a word: no connection to it is reset, as all that it would still send is lost."""
+        self.cut(name)
+        self.nodes[name].end()
+
+    def cut(self, name: str) -> None:
+        """Take a node off the network."""
+        self._link(name, "down")
+
+    def mend(self, name: str) -> None:
+        """Put it back."""
+        self._link(name, "up")
+
+    def _link(self, name: str, state: str) -> None:
+        done = self.run("ip", "link", "set", f"v-{name}", state)
+        assert done.returncode == 0, done.stderr
 
     def run(self, *words: str, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
         """Run a command on the login node."""
         return subprocess.run(self.login.enter(words, cwd), capture_output=True, text=True, timeout=CALL_S)
 
-    def states(self, state: str) -> list[str]:
-        """Return the nodes in a state, as sinfo has it."""
-        return self.run("sinfo", "-h", "-N", "-t", state, "-o", "%N").stdout.split()
+    def states(self, state: str) -> set[str]:
+        """Return the nodes in a state, as sinfo has it, which names each once for every partition."""
+        return set(self.run("sinfo", "-h", "-N", "-t", state, "-o", "%N").stdout.split())
 
     def close(self) -> None:
         self.login.end()  # and with it all that was started from it
         for node in self.nodes.values():
             node._starter.wait()
+        if self._mount_point:
+            with suppress(OSError):  # another cluster's by now
+                IBEX.rmdir()
 
     def _start(self, name: str, words: Sequence[str], *more: str) -> Node:
         with (self.place / "log" / f"init.{name}.log").open("ab") as log:
@@ -181,5 +208,16 @@ class SlurmCluster:
     def _until(self, condition: Callable[[], object], what: str) -> None:
         end = time.monotonic() + UP_S
         while not condition():
-            assert time.monotonic() < end, f"waited in vain for {what}; see {self.place}/log"
+            assert time.monotonic() < end, f"waited in vain for {what}\n{self._account()}"
             time.sleep(0.05)
+
+    def _account(self) -> str:
+        """Return what Slurm says, and what its daemons wrote last."""
+        words = [self.run(*command) for command in (["sinfo", "-N", "-l"], ["sinfo", "-R"], ["ip", "addr"])]
+        logs = sorted((self.place / "log").iterdir())
+        return "\n".join(
+            [
+                *(done.stdout + done.stderr for done in words),
+                *(f"--- {log.name}\n{log.read_text(errors='replace')[-1500:]}" for log in logs),
+            ]
+        )

@@ -1,4 +1,4 @@
-"""The fault matrix: its references, and the table at the end."""
+"""The fault matrix, whose rows lie in several folders: its references, and the table at the end."""
 
 import json
 from collections.abc import Generator
@@ -61,6 +61,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(line)
     for name in config.stash[NOT_PROVEN]:
         terminalreporter.write_line(f"NOT PROVEN: {name}")
-    if record := config.getoption("--record", None):  # not known where this folder was not named on the command line
+    if record := config.getoption("--record"):
         found = {"rows": [asdict(line) for line in lines.lines], "notes": lines.notes}
         record.write_text(json.dumps(found | {"not_proven": config.stash[NOT_PROVEN]}, indent=1) + "\n")
