@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from gemini_hpc.core.messages import (
     Abort,
     Command,
+    Copied,
     Event,
     Gone,
     HostReady,
@@ -44,6 +45,7 @@ class Account:
         self._pulled: dict[
             tuple[int, int], tuple[int, int]
         ] = {}  # (area, half) -> generation and step of the last Pull
+        self._fetch: Pull | None = None  # the last read into the own area, until it is answered
         self.built_rank = -1
         self.store = ""
         self.snapshot_bytes = 0  # > 0: the arena exists
@@ -66,6 +68,8 @@ class Account:
             self.last_step = message
         elif isinstance(message, HostReady):
             self.host = message
+        elif isinstance(message, Copied) and message.source and message.area == 0:
+            self._fetch = None
 
     def is_stale(self, order: Command) -> bool:
         """Whether an order was on its way for so long that it has been overtaken by a later term or generation."""
@@ -96,9 +100,15 @@ class Account:
             return "worker"
         if isinstance(order, Pull):
             self._pulled[order.area, order.half] = (order.generation, order.step)
+            self._fetch = order if order.area == 0 else self._fetch
         if isinstance(order, (Pull, Gone)):
             return "host" if order.world == self.host_world else ""  # else of a world that is no more
         return "worker" if isinstance(order, Abort) else "archiver"
+
+    @property
+    def fetches(self) -> bool:
+        """Whether the window host still reads into the worker's own area; that must end before the worker joins."""
+        return self._fetch is not None and self._fetch.world == self.host_world
 
     def informs(self, lead: Lead) -> bool:
         """Whether this coordinator is to have our inventory now; from then on it understands what else we say."""

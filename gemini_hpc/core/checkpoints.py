@@ -10,9 +10,12 @@ from gemini_hpc.core.types import FRESH
 AGAIN_S = 2.0
 """How long to wait before the last step is written again, or an order is repeated that saves a run."""
 
+LAGGING_S = 10.0
+"""The shortest pause between two checkpoints that take the place of replicas."""
+
 
 def persist(turn: Turn) -> None:
-    """Write a safe step every `persist_every` steps, and the last one."""
+    """Write a safe step every `persist_every` steps, and the last one; where replication lags, whatever is complete."""
     cluster = turn.cluster
     if cluster.persisting != FRESH and turn.now - cluster.persist_since > cluster.rules.finish_s:
         turn.note("persist_failed", step=cluster.persisting, reason="some node did not answer in time")
@@ -26,12 +29,16 @@ def persist(turn: Turn) -> None:
         return
     if not cluster.surveyed:
         return
-    step = cluster.safe_step
-    if cluster.done_since >= 0:  # nothing newer will come, and a link may be down for as long as it likes
+    step, due, rest_s = cluster.safe_step, cluster.next_persist, 0.0
+    if cluster.done_since >= 0:
+        rest_s = AGAIN_S
+    elif cluster.lags:
+        due, rest_s = turn.published_step() + 1, LAGGING_S
+    if cluster.done_since >= 0 or cluster.lags:  # a link may be down for as long as it likes
         step = max(step, newest_complete(cluster.copies, cluster.rules.world_size)[0])
     held = {rank: cluster.copies.get((rank, step), {}) for rank in cluster.ranks}
-    tried = cluster.persist_since >= 0 and turn.now - cluster.persist_since < AGAIN_S
-    if step < cluster.next_persist or not all(held.values()) or (tried and cluster.done_since >= 0):
+    rests = cluster.persist_since >= 0 and turn.now - cluster.persist_since < rest_s
+    if step < due or not all(held.values()) or rests:
         return
     sums = {rank: next(iter(places.values())).checksum for rank, places in held.items()}
     turn.set(persisting=step, persist_since=turn.now, persist_sums=sums, files={})
@@ -100,14 +107,16 @@ def try_another(turn: Turn, rank: int, failed: str) -> None:
 
 
 def _ask_to_persist(turn: Turn) -> None:
-    """Have the ranks' snapshots written that are not yet, by their owners where these still hold them."""
+    """Have the ranks' snapshots written that are not yet, by their owners where these can.
+
+    One may have overwritten its own, when it did not hear in time that it was safe; and one may be unable to write.
+    """
     cluster = turn.cluster
     turn.set(asked=turn.now)
     for rank, node in cluster.ranks.items():
         places = cluster.copies.get((rank, cluster.persisting), {})
         if places and rank not in cluster.files:
-            # an owner that did not hear in time that it was safe has perhaps overwritten its own
-            where = node if node in places else min(places)
+            where = min(places, key=lambda place: (cluster.members[place].failed_writes, place != node, place))
             copy = places[where]
             turn.order(Persist(where, rank, cluster.persisting, copy.area, copy.half, copy.nbytes, copy.checksum))
 

@@ -357,8 +357,10 @@ def _on_persisted(turn: Turn, event: Persisted) -> None:
     cluster = turn.cluster
     if event.step != cluster.persisting or event.checksum != cluster.persist_sums.get(event.rank):
         return  # of an order that was given up, perhaps of another history
+    failed_writes = 0 if event.ok else cluster.members[event.node].failed_writes + 1
+    turn.set_member(event.node, failed_writes=failed_writes)
     if not event.ok:
-        turn.note("persist_failed", step=event.step, rank=event.rank, reason=event.reason)
+        turn.note("persist_failed", target=event.node, step=event.step, rank=event.rank, reason=event.reason)
         if cluster.phase is Phase.SAVING:
             checkpoints.try_another(turn, event.rank, event.node)
         else:
@@ -385,6 +387,8 @@ def _on_published(turn: Turn, event: Published) -> None:
         turn.set(published=Checkpoint(event.step, turn.cluster.files), survey_below=None)
         total = sum(nbytes for _, nbytes, _ in turn.cluster.files.values())
         turn.note("persisted", step=event.step, path=event.path, bytes=total)
+        if turn.cluster.lags and event.step > turn.cluster.safe_step:
+            turn.make_safe(event.step)
     else:
         turn.note("persist_failed", step=event.step, reason=event.reason)
     turn.end_persist(failed=not event.ok)

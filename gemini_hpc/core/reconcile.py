@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gemini_hpc.core import checkpoints, recovery, replication
-from gemini_hpc.core.messages import Join, Load, Pull, Safe, StartWorld
+from gemini_hpc.core.messages import Join, Load, Pull, StartWorld
 from gemini_hpc.core.state import Missing, Phase, Source, Worker, World
 from gemini_hpc.core.turn import Turn
 from gemini_hpc.core.types import FRESH, changed
@@ -118,6 +118,7 @@ def _form(turn: Turn) -> None:
         misses={},
         safe_step=FRESH,
         exposed=True,
+        lags=False,
         fruitless=cluster.fruitless + 1,
         furthest=max(cluster.furthest, cluster.all_stepped()),
     )
@@ -272,11 +273,18 @@ def _run(turn: Turn) -> None:
 
 
 def _watch_hosts(turn: Turn) -> None:
-    """A window host that does not seal what was written holds up all, and nobody may be there to read from it."""
+    """Nothing became safe for long: then checkpoints protect what replicas do not.
+
+    The cause may be a window host that does not seal what was written, and nobody may be there to read from it.
+    """
     cluster, rules = turn.cluster, turn.cluster.rules
     if not 0 <= cluster.ahead_since < turn.now - rules.fetch_s - rules.suspect_s:
         return
     turn.set(ahead_since=turn.now)
+    if not cluster.lags:
+        turn.set(exposed=True, lags=True)
+        why = "; ".join(replication.hindrances(cluster)) or "replication is too slow"
+        turn.note("unprotected", generation=cluster.generation, reason=f"checkpoints take the place of replicas: {why}")
     newer = [(rank, places) for (rank, step), places in cluster.copies.items() if step > cluster.safe_step]
     sealed = {rank for rank, places in newer if cluster.ranks[rank] in places}
     for rank, node in cluster.ranks.items():
@@ -300,12 +308,10 @@ def _advance_safe(turn: Turn) -> bool:
     if newest <= turn.cluster.safe_step:
         return False
     # older copies are not forgotten until others take their places: perhaps some owner has overwritten its newer one
-    turn.set(safe_step=newest, ahead_since=-1.0, misses={})
-    for member in turn.alive:
-        turn.order(Safe(member.node, turn.cluster.generation, newest))
+    turn.make_safe(newest)
     turn.note("safe", step=newest, generation=turn.cluster.generation)
     if turn.cluster.exposed:
-        turn.set(exposed=False)
+        turn.set(exposed=False, lags=False)
         turn.note("protected", step=newest, generation=turn.cluster.generation)
     return True
 
@@ -323,7 +329,7 @@ def _end_run(turn: Turn) -> None:
     if turn.published_step() == total:
         turn.finish("finished", f"all {total} steps are done")
     elif gave_up or overdue:
-        turn.finish("finished", f"all {total} steps are done, but the last checkpoint could not be published")
+        turn.finish("failed", f"all {total} steps are done, but the last checkpoint could not be published")
 
 
 def _moves(ranks: Mapping[int, str], sources: Mapping[int, Source]) -> list[dict[str, Any]]:

@@ -70,6 +70,7 @@ class Member:
     votes: bool = True  # it has been there since the start
     deaf: bool = False  # it could not read a snapshot that it was to restore
     drains: bool = False  # Slurm wants to take it away
+    failed_writes: int = 0  # to the persistent tier, in a row
 
     @property
     def last_choice(self) -> bool:
@@ -176,7 +177,8 @@ class Cluster:
     misses: Mapping[tuple[int, int, str], int] = field(default_factory=dict)  # (rank, step, source) -> failed reads
     loading: frozenset[int] = frozenset()  # ranks that were told to Load
     safe_step: int = FRESH
-    exposed: bool = True  # nothing is safe yet, or not again since the last recovery
+    exposed: bool = True  # nothing is safe in memory yet, or not any more
+    lags: bool = False  # replication does not keep up: what protects is the persistent tier
     furthest: int = FRESH  # the newest step that all ranks had done in the generations before
     fruitless: int = 0  # generations since the run last came further
     worlds: int = 0  # the number of the last that this coordinator started

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from gemini_hpc.core.messages import Abort, Command, Finish, Gone, Note, Publish, RestartWorker, Retire
+from gemini_hpc.core.messages import Abort, Command, Finish, Gone, Note, Publish, RestartWorker, Retire, Safe
 from gemini_hpc.core.recovery import newest_complete, of_one_history
 from gemini_hpc.core.state import Cluster, Copy, Member, Phase, Worker, next_persist
 from gemini_hpc.core.types import FRESH, changed
@@ -191,6 +191,12 @@ class Turn:
         failures = world.failures + 1
         self.set(world=changed(world, state="lost", since=self.now, failures=failures), pulls={})
         self.note("world", number=number, state="lost", reason=reason)
+
+    def make_safe(self, step: int) -> None:
+        """A step outlives what may fail now: tell the workers, who then take the next snapshot."""
+        self.set(safe_step=step, ahead_since=-1.0, misses={})
+        for member in self.alive:
+            self.order(Safe(member.node, self.cluster.generation, step))
 
     def survey_again(self, **changes: Any) -> None:
         """Have the persistent tier looked at anew; a look that is under way does not count any more."""

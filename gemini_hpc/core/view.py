@@ -3,6 +3,7 @@
 from typing import Any
 
 from gemini_hpc.core.placement import groups
+from gemini_hpc.core.replication import hindrances
 from gemini_hpc.core.state import Cluster, Member, Phase, Worker
 from gemini_hpc.core.types import FRESH
 
@@ -79,6 +80,8 @@ def _waiting_for(cluster: Cluster, now: float) -> list[str]:
         return []
     world = cluster.world
     hosts = [f"MPI world {world.number} of the window hosts ({world.state})"] if world.state != "ready" else []
+    if cluster.lags:
+        hosts += [f"replicas: {why}" for why in hindrances(cluster)]
     if not _trains(cluster):
         return [*hosts, f"the checkpoint of step {cluster.rules.total_steps} on the persistent tier"]
     return hosts + (_late(cluster) if now - cluster.progressed > LATE_S else [])

@@ -32,6 +32,7 @@ from gemini_hpc.core.messages import (
     RequestVote,
     RestartWorker,
     Retire,
+    Sealed,
     Stepped,
     Suspend,
     WorkerLost,
@@ -48,6 +49,7 @@ from gemini_hpc.runtime.coordinator import Coordinator, rules_of
 from gemini_hpc.runtime.household import Household, LineEnded, ProcessEnded
 from gemini_hpc.runtime.paths import RunPaths, open_run
 from gemini_hpc.runtime.processes import die_with_parent
+from gemini_hpc.runtime.sealing import Sealer
 from gemini_hpc.runtime.wire import Wire
 from gemini_hpc.telemetry import EventLog, EventThread
 
@@ -85,6 +87,7 @@ class Agent:
         self._ready: WorkerReady | None = None  # a worker that waits for its arena
         self._making_arena: threading.Thread | None = None
         self._arena_failure = ""
+        self._sealer = Sealer(run.recovery.fetch_s + 2 * run.recovery.suspect_s)
         self._started = self._last_round = time.monotonic()
         self._said_again = self._started
         self._told_tally = replace(self._wire.tally)
@@ -157,6 +160,10 @@ class Agent:
             self._tell(self._account.last_step)
         if self._account.host_world:
             self._remind_host()
+        if self._arena is not None:
+            for record, half in self._sealer.look(self._arena, time.monotonic()):
+                at = (record.generation, record.rank, record.step)
+                self._report(Sealed(self._node, *at, half, record.nbytes, record.checksum))
         if self._arena is not None and not self._arena.path.exists():
             # what it holds can be reached by nobody new, and every MPI world would fail
             self._events.emit("run", state="stopped", reason=f"{self._arena.path} is gone")
@@ -232,8 +239,10 @@ class Agent:
             role = self._account.role_of(order)
             if self._arena is not None:
                 self._arena.safe_step = self._account.safe_step
-            if isinstance(order, Join):
+            if isinstance(order, Join):  # from now on the own area is the worker's
                 self._archiving.end_loads()
+                if self._account.fetches:
+                    self._household.kill("host")
             if role == "archiver":
                 self._archiving.order(order)
             elif role:

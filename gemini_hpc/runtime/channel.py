@@ -6,12 +6,15 @@ kernel vouches for who speaks: only this user can open it.
 
 import os
 import socket
+import struct
 from pathlib import Path
 
 from gemini_hpc.core.codec import Message, MessageError, decode
 
 MAX_PACKET_BYTES = 256 << 10
 """A Publish of some 4000 ranks. Linux's default bounds (net.core.wmem_max) let this much through."""
+
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 
 class Channel:
@@ -53,6 +56,11 @@ class Channel:
             return None
         except OSError:
             return None
+
+    def peer(self) -> int:
+        """Return the process at the other end, as the kernel noted it."""
+        credentials = self._line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        return int(_CREDENTIALS.unpack(credentials)[0])
 
     def close(self) -> None:
         self._line.close()

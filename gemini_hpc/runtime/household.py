@@ -74,9 +74,11 @@ class Household:
         self._hang_up(role)
 
     def kill(self, role: str) -> None:
-        """Kill the process of a role; `news` tells when it is gone."""
+        """Kill the process of a role, a child or not; `news` tells when it is gone."""
         if role in self._children:
             kill(self._children[role].pid, signal.SIGKILL)
+        elif role in self._lines:
+            kill(self._lines[role].peer(), signal.SIGKILL)
 
     def is_stopped(self, role: str) -> bool:
         """Whether the process of a role is stopped by a signal."""

@@ -151,11 +151,14 @@ class Archiver:
         self.busy = False
         self.node.from_child(self._answer(order))
 
+    def _fails(self, order: m.Command) -> bool:
+        return self.node.name in self.node.sim.no_writes or self.node.sim.persist_fails(order)
+
     def _answer(self, order: m.Command) -> m.Event:
         sim, node = self.node.sim, self.node
         if isinstance(order, m.Persist):
             content = node.arena.get((order.area, order.half))
-            ok = content is not None and content.true_checksum == order.checksum and not sim.persist_fails(order)
+            ok = content is not None and content.true_checksum == order.checksum and not self._fails(order)
             if ok:
                 assert content is not None
                 sim.files[order.step, order.rank, order.checksum] = content.sealed()
@@ -170,7 +173,7 @@ class Archiver:
             at = (order.generation, order.rank, order.step, "", order.area, order.half, NBYTES, order.checksum)
             return m.Copied(node.name, *at, ok, "" if ok else "it is not the file that its manifest names", 0.1)
         assert isinstance(order, m.Publish)
-        if sim.persist_fails(order):
+        if self._fails(order):
             return m.Published(node.name, order.step, "", False, "the manifest could not be written")
         sim.publish(order)
         return m.Published(node.name, order.step, f"checkpoints/step-{order.step}", True, "")
@@ -183,6 +186,7 @@ class Node:
         self.sim, self.name, self.life = sim, name, life
         self.up, self.paused = True, False
         self._inbox: list[tuple[Any, ...]] = []  # came while it was paused
+        self._unsealed: dict[int, tuple[Content, float]] = {}  # half -> what waits for its seal, and since when
         self._skew = 1000.0 * sim.rules.nodes.index(name)  # every node has a clock of its own
         self.started = self.clock()
         self.seat = Seat(sim.rules, name, BEAT_S, self.started, returned=life > 0)
@@ -257,6 +261,21 @@ class Node:
         for half in (0, 1):
             if self.host is not None and self.host.ready:
                 self.host.seal(half)
+            self._seal(half)
+
+    def _seal(self, half: int) -> None:
+        """Take the place of a window host that does not seal what was written."""
+        content, patience_s = self.arena.get((0, half)), self.sim.rules.fetch_s + 2 * self.sim.rules.suspect_s
+        if content is None or content.record != "written":
+            self._unsealed.pop(half, None)
+            return
+        found, since = self._unsealed.setdefault(half, (content, self.clock()))
+        if found is not content:
+            self._unsealed[half] = content, self.clock()
+        elif self.clock() - since > patience_s:
+            self.arena[0, half] = content = content.sealed()
+            at = (content.origin, content.rank, content.step)
+            self.from_child(m.Sealed(self.name, *at, half, NBYTES, content.checksum))
 
     def pause(self) -> None:
         self.paused = True
@@ -356,6 +375,8 @@ class Node:
         loads = [waiting for _, waiting in self.archiving if isinstance(waiting, m.Load)]
         if isinstance(order, m.Join) and loads:
             self._restart_archiver(loads)
+        if isinstance(order, m.Join) and self.account.fetches:
+            self.end_host()
         if role == "worker" and self.worker is not None:
             assert isinstance(order, (m.Join, m.Abort))
             self.worker.take(order)

@@ -72,6 +72,8 @@ class Simulation:
         self.host_s, self.exit_s, self.return_s = 0.2, 0.02, None
         self.bad_reads = 0.0  # share of the reads whose bytes arrive damaged
         self.persist_fails: Callable[[m.Command], bool] = lambda order: False
+        self.no_writes: set[str] = set()  # nodes that cannot write to the persistent tier
+        self.no_host: set[str] = set()  # nodes whose window host does not start
         self.areas = held_by(self.rules.world_size, self.rules.replicas)
         # what a test may look at or interfere with
         self.history: list[tuple[float, str, m.Event, tuple[m.Command, ...]]] = []
@@ -313,8 +315,9 @@ class Simulation:
             node.end_host()
         self._world = order.world
         members = [self.nodes[name] for name in order.members]
-        if not all(node.up and node.account.snapshot_bytes for node in members):
-            self.after(self.some(0.3), self._tell_all, m.WorldFailed("", order.world, "a member is gone"))
+        hosts = all(node.up and node.account.snapshot_bytes and node.name not in self.no_host for node in members)
+        if not hosts:
+            self.after(self.some(0.3), self._tell_all, m.WorldFailed("", order.world, "a window host did not start"))
             return
         for node in members:
             node.host, node.account.host_world = Host(node, order.world, order.members), order.world
@@ -332,6 +335,11 @@ class Simulation:
             host.node.from_child(m.HostReady(host.node.name, host.world, host.members))
 
     # --- failures -----------------------------------------------------------------------------------
+
+    def lose_host(self, name: str) -> None:
+        """The window host of a node dies, and no other starts there."""
+        self.no_host.add(name)
+        self.crash_host(name)
 
     def kill_worker(self, name: str) -> None:
         self.nodes[name].end_worker("killed by SIGKILL")

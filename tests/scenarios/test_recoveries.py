@@ -1,5 +1,6 @@
 """One story per test: what fails, and what the coordinator makes of it."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -432,7 +433,7 @@ def test_the_last_checkpoint_that_cannot_be_written_does_not_hold_up_the_end() -
     cluster = Simulation()
     cluster.persist_fails = lambda order: order.step == 30
     cluster.run(Simulation.over)
-    assert cluster.cluster.outcome == "finished"
+    assert cluster.cluster.outcome == "failed"
     assert "could not be published" in cluster.said("run")[-1]["reason"]
 
 
@@ -440,7 +441,7 @@ def test_the_last_checkpoint_that_is_never_answered_does_not_hold_up_the_end() -
     cluster = Simulation()
     cluster.intercept = lambda event: isinstance(event, m.Persisted) and event.step == 30
     cluster.run(Simulation.over)
-    assert cluster.cluster.outcome == "finished"
+    assert cluster.cluster.outcome == "failed"
     assert "could not be published" in cluster.said("run")[-1]["reason"]
 
 
@@ -532,7 +533,53 @@ def test_the_last_step_is_persisted_though_it_could_not_be_replicated() -> None:
     cluster = started()
     cluster.network.cut(cluster.lines_between(["n2"], ["n3"]))  # of one group; the coordinator is another
     finish(cluster)
-    assert cluster.cluster.safe_step < 30
+    assert max(note["step"] for note in cluster.said("safe")) < 30
+
+
+def lagging(break_it: Callable[[Simulation], None]) -> Simulation:
+    """A long training, of which from early on not every replica can be written; a minute of it."""
+    cluster = started(total_steps=5000, persist_every=5000)
+    break_it(cluster)
+    cluster.run(lambda c: bool(c.said("unprotected")))
+    return cluster.run_for(60.0)
+
+
+@pytest.mark.parametrize("what", ["host", "link"])
+def test_where_replicas_cannot_be_written_checkpoints_take_their_place(what: str) -> None:
+    def break_it(cluster: Simulation) -> None:
+        if what == "host":
+            cluster.lose_host("n1")
+        else:
+            cluster.network.cut(cluster.lines_between(["n2"], ["n3"]))
+
+    cluster = lagging(break_it)
+    shown, now = describe(cluster.cluster, cluster.now), min(cluster.cluster.stepped.values())
+    assert not shown["protected"]
+    assert any(line.startswith("replicas: ") for line in shown["waiting_for"])
+    saved = [note["step"] for note in cluster.said("persisted")]
+    assert 4 <= len(saved) <= 7, "one in ten seconds"
+    assert now - max(saved) < 25 / cluster.step_s, "each of a snapshot taken when the one before was on disk"
+    cluster.kill_node("n2" if what == "host" else "n0")
+    cluster.run(lambda c: len(c.said("plan")) > 1)
+    assert cluster.said("plan")[-1]["step"] >= max(saved)
+
+
+def test_replicas_that_can_be_written_again_protect_again() -> None:
+    cluster = lagging(lambda sim: sim.lose_host("n1"))
+    cluster.no_host.clear()
+    cluster.run(lambda c: len(c.said("protected")) == 2)
+    assert describe(cluster.cluster, cluster.now)["protected"]
+    saved = len(cluster.said("persisted"))
+    cluster.run_for(30.0)
+    assert len(cluster.said("persisted")) == saved
+
+
+def test_what_its_owner_cannot_write_to_the_persistent_tier_is_written_by_its_partner() -> None:
+    cluster = started(total_steps=60)
+    cluster.no_writes.add("n1")
+    finish(cluster, 60)
+    assert [note["step"] for note in cluster.said("persisted")][-4:] == [30, 40, 50, 60]
+    assert [note["target"] for note in cluster.said("persist_failed")] == ["n1"]
 
 
 def test_what_an_owner_overwrote_before_it_heard_that_it_was_safe_does_not_cost_the_older_one() -> None:
