@@ -164,10 +164,11 @@ class Agent:
             for record, half in self._sealer.look(self._arena, time.monotonic()):
                 at = (record.generation, record.rank, record.step)
                 self._report(Sealed(self._node, *at, half, record.nbytes, record.checksum))
-        if self._arena is not None and not self._arena.path.exists():
-            # what it holds can be reached by nobody new, and every MPI world would fail
-            self._events.emit("run", state="stopped", reason=f"{self._arena.path} is gone")
-            self._over = True
+        for path in (self._arena.path if self._arena is not None else None, self._paths.socket(self._node)):
+            if path is not None and not path.exists():
+                # what it holds can be reached by nobody new, and every MPI world would fail
+                self._events.emit("run", state="stopped", reason=f"{path} is gone")
+                self._over = True
 
     def _watch_worker(self, now: float) -> None:
         """A stopped worker (SIGSTOP, a debugger) holds up all ranks, and no socket breaks: end it."""

@@ -5,8 +5,10 @@ events, never for a time; what it did is proven to have happened before anything
 """
 
 import os
+import resource
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -501,6 +503,62 @@ def test_a_bit_of_a_checkpoint_flips(tmp_path: Path, matrix: Matrix, references:
         assert newest is not None and item.step is not None and item.step < newest.step
         assert any("checksum" in event["reason"] for event in run.events("copy_failed"))
         matrix.enter_recovery("a bit flipped in an HDF5 file", item)
+
+
+# --- what stays broken --------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+def test_an_archiver_that_cannot_write(tmp_path: Path, matrix: Matrix, references: References) -> None:
+    """What its node has of its own is written by the partner, and the run ends with its last step on disk."""
+    with start(tmp_path, "protect.persist_every=10") as run:
+        run.wait_for_training(step=4)
+        (archiver,) = until(lambda: run.pids(ARCHIVER, "node1"), "an archiver", EVENT_S)
+        resource.prlimit(archiver, resource.RLIMIT_FSIZE, (1000, 1000))
+        run.wait_for_end()
+        assert_identical(run, references(3, STEPS))
+        newest = manifest.newest(run.run_dir)
+        assert newest is not None and newest.step == STEPS
+        assert {event["target"] for event in run.events("persist_failed")} == {"node1"}
+        matrix.enter("an archiver that cannot write any more", "none: the partner writes", None, None)
+
+
+@contextmanager
+def no_host(run: Run, node: str) -> Iterator[None]:
+    """Kill every window host of a node as soon as it is there."""
+    over = threading.Event()
+
+    def kill_all() -> None:
+        while not over.wait(0.02):
+            for pid in run.pids(HOST, node):
+                faults.kill(pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_all)
+    killer.start()
+    try:
+        yield
+    finally:
+        over.set()
+        killer.join()
+
+
+@pytest.mark.long
+def test_a_window_host_that_does_not_start_any_more(tmp_path: Path, matrix: Matrix, references: References) -> None:
+    """Nothing can be replicated, and status says so; checkpoints take the place of replicas, and a node may be lost."""
+    with start(tmp_path, "protect.persist_every=1000", "recovery.fetch_s=2", "recovery.world_s=5", steps=400) as run:
+        run.wait_for_training(step=4)
+        with no_host(run, "node1"):
+            run.wait_for("unprotected")
+            until(lambda: not run.status["protected"], "status to say so", EVENT_S)
+            run.wait_for("persisted", at_least=20)
+            faults.kill_node(run.paths, "node2")
+            run.wait_for("first_step", generation=run.generation(2))
+        run.wait_for("protected", generation=run.generation(2))
+        run.wait_for_end()
+        assert_identical(run, references(3, 400))
+        (item,) = recovered(run)
+        assert (item.rung, item.tier) == ("hot_swap", "persistent")
+        matrix.enter_recovery("a node lost while no window host starts on another", item)
 
 
 # --- memory -------------------------------------------------------------------------------------------

@@ -194,6 +194,36 @@ FOUND = {
         persist_s=0.2,
         return_s=0.5,
     ),
+    "a read ordered by a former coordinator overwrote what the worker of a newer generation wrote": Schedule(
+        "returns",
+        (3, 3, 2),
+        (
+            Fault(1.0937, "link", "n2", 1.0842, "n3"),
+            Fault(1.1897, "kill_node", "n1", 3.2077),
+            Fault(2.8678, "kill_node", "n0", 2.663),
+        ),
+        seed=3000006,
+        steps=7,
+        persist_every=100,
+        step_s=0.1,
+        persist_s=0.6,
+        pull_s=0.005,
+        return_s=2.0,
+        delay_s=0.001,
+    ),
+    "two generations decided on in one breath (the judge was wrong)": Schedule(
+        "disorder",
+        (1, 1, 1),
+        (Fault(1.1618, "pause", "n1", 1.6928), Fault(3.8328, "cut_off", "n0", 28.6062, "in")),
+        seed=365287,
+        steps=7,
+        persist_every=2,
+        step_s=0.1,
+        persist_s=0.02,
+        pull_s=0.02,
+        disorder=0.03,
+        delay_s=0.02,
+    ),
 }
 """What seeds have found, by what went wrong; most have a test of their own as well, for delays change with the code."""
 
