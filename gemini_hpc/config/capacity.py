@@ -1,13 +1,15 @@
 """How much memory a run needs, how much there is, and what would fit. Computed before anything is started.
 
-All of it is arithmetic on parameter shapes, but for `room_at` and `memory_left`, which look at a machine.
+All of it is arithmetic on parameter shapes, but for `room_at`, `shm_left`, `memory_left` and `cgroup_used`, which look
+at a machine.
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 from pathlib import Path
+from typing import NamedTuple
 
 from gemini_hpc.config.run import RunConfig
 from gemini_hpc.config.site import SiteConfig
@@ -111,11 +113,16 @@ def room_at(site: SiteConfig) -> Room:
     """Return what this machine has to give now (local), or what will be asked of Slurm for each node."""
     if site.kind == "slurm":
         return Room(None, None if site.mem_gb is None else int(site.mem_gb * GIB))
+    return Room(shm_left(site), min(memory_left()))
+
+
+def shm_left(site: SiteConfig) -> int:
+    """Return the bytes that are free in the memory file system of this machine."""
     try:
         shm = os.statvfs(site.shm_dir)
     except OSError as failed:
         raise UserError(f"site.shm_dir {site.shm_dir}: {failed.strerror}: name a memory file system") from None
-    return Room(shm.f_bavail * shm.f_frsize, min(memory_left()))
+    return shm.f_bavail * shm.f_frsize
 
 
 def memory_left() -> list[int]:
@@ -130,29 +137,53 @@ def cgroup_room(membership: str, root: Path) -> Iterable[int]:
 
     Reads version 2 and version 1 below `root`. What the kernel can drop from its file cache counts as left.
     """
+    for group, files in _memory_groups(membership, root):
+        try:
+            most = int((group / files.limit).read_text())
+            stat = dict(entry.split() for entry in (group / "memory.stat").read_text().splitlines())
+            yield most - int((group / files.used).read_text()) + int(stat.get(files.cache, "0"))
+        except (OSError, ValueError):  # no such group in this namespace, or "max": no limit here
+            continue
+
+
+def cgroup_used(membership: str, root: Path, name: str) -> int | None:
+    """Return the bytes that the memory group `name` of this process is charged with; None = it is in none."""
+    for group, files in _memory_groups(membership, root):
+        if group.name == name:
+            try:
+                return int((group / files.used).read_text())
+            except (OSError, ValueError):  # it is shown, but not in this namespace
+                continue
+    return None
+
+
+class _GroupFiles(NamedTuple):
+    """What the files of a memory group are called, and the file cache in its memory.stat."""
+
+    limit: str
+    used: str
+    cache: str
+
+
+_VERSION_1 = _GroupFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_VERSION_2 = _GroupFiles("memory.max", "memory.current", "inactive_file")
+
+
+def _memory_groups(membership: str, root: Path) -> Iterator[tuple[Path, _GroupFiles]]:
+    """Yield the memory groups that this process is in, the innermost first."""
     for line in membership.splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            base, limit, used, cache = root, "memory.max", "memory.current", "inactive_file"
+            base, files = root, _VERSION_2
         elif "memory" in controllers.split(","):
-            base, limit, used, cache = (
-                root / "memory",
-                "memory.limit_in_bytes",
-                "memory.usage_in_bytes",
-                "total_inactive_file",
-            )
+            base, files = root / "memory", _VERSION_1
         else:
             continue
         leaf = base / path.lstrip("/")
         for group in (leaf, *leaf.parents):
             if group == base.parent:
                 break
-            try:
-                most = int((group / limit).read_text())
-                stat = dict(entry.split() for entry in (group / "memory.stat").read_text().splitlines())
-                yield most - int((group / used).read_text()) + int(stat.get(cache, "0"))
-            except (OSError, ValueError):  # no such group in this namespace, or "max": no limit here
-                continue
+            yield group, files
 
 
 def _shortage(site: SiteConfig, needs: Needs, room: Room) -> str | None:

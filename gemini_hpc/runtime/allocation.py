@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
 
@@ -214,13 +214,14 @@ class Allocation(Embedded):
         self._end_world()
         paths, site = self._paths, self._run.site
         here = HostSpec(THIS_NODE, paths.arena(THIS_NODE), paths.socket(THIS_NODE))
-        program = step_command(Path(sys.executable), paths.run_id, order.world, here)
-        step = self._job.step(order.members, "gemini-windows", "--mpi=pmi2")
+        command, environment = world_step(
+            self._job, order.members, paths.run_id, order.world, here, site.interface or network_interface()
+        )
         self._world_number = order.world
         try:
             self._world = subprocess.Popen(
-                [*NOT_WAITED_FOR, *DYING_WITH_US, "/usr/bin/env", *step, *program],
-                env=step_environment(os.environ) | mpi_environment(site.interface or network_interface()),
+                [*NOT_WAITED_FOR, *command],
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=self._windows_log,
                 stderr=subprocess.STDOUT,
@@ -239,6 +240,18 @@ class Allocation(Embedded):
             self._world.kill()
             self._world.wait()
         self._world = None
+
+
+def world_step(
+    job: SlurmJob, members: Sequence[str], run: str, world: int, here: HostSpec, interface: str | None
+) -> tuple[list[str], dict[str, str]]:
+    """Return the command and the environment that start a world of window hosts on `members`: a step of the job.
+
+    In the fields of `here` THIS_NODE stands for each node's name.
+    """
+    step = job.step(members, "gemini-windows", "--mpi=pmi2")
+    program = step_command(Path(sys.executable), run, world, here)
+    return [*DYING_WITH_US, "/usr/bin/env", *step, *program], step_environment(os.environ) | mpi_environment(interface)
 
 
 class Witness:

@@ -55,6 +55,17 @@ class SlurmJob:
         """Whether it has nodes and is not being ended; a job that is about to be preempted is not yet."""
         return self.state() in _GOES_ON
 
+    def place(self) -> tuple[str, str]:
+        """Return the job's state and, while it waits, why, such as ("PENDING", "Priority"); ("", "") = it is over."""
+        try:
+            answer = self._call("squeue", "--noheader", "--format=%T %r", f"--jobs={self.id}")
+        except SlurmError as error:
+            if "Invalid job id" in str(error):
+                return "", ""
+            raise
+        state, _, reason = answer.strip().partition(" ")
+        return state, reason if state == "PENDING" else ""
+
     def steps(self) -> list[str]:
         """Return the names of the steps that run."""
         return self._call("squeue", "--steps", "--noheader", "--format=%j", f"--jobs={self.id}").split()
@@ -90,18 +101,32 @@ class SlurmJob:
         ]
 
     def _call(self, *words: str) -> str:
-        try:
-            done = subprocess.run(
-                words, capture_output=True, text=True, timeout=self._timeout_s, stdin=subprocess.DEVNULL
-            )
-        except subprocess.TimeoutExpired:
-            raise SlurmError(f"{words[0]} did not answer in {self._timeout_s:g} s") from None
-        except OSError as error:
-            raise SlurmError(f"{words[0]} cannot be started: {error.strerror}") from None
-        if done.returncode:
-            reason = done.stderr.strip().splitlines()
-            raise SlurmError(reason[0] if reason else f"{words[0]} ended with status {done.returncode}")
-        return done.stdout
+        return ask(self._timeout_s, *words)
+
+
+def ask(timeout_s: float, *words: str) -> str:
+    """Return what a program of Slurm prints. Raises SlurmError."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{words[0]} did not answer in {timeout_s:g} s") from None
+    except OSError as error:
+        raise SlurmError(f"{words[0]} cannot be started: {error.strerror}") from None
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()
+        raise SlurmError(reason[0] if reason else f"{words[0]} ended with status {done.returncode}")
+    return done.stdout
+
+
+def jobs_named(name: str, timeout_s: float) -> dict[str, str]:
+    """Return the state of each job of this user that has this name and is not over yet."""
+    answer = ask(timeout_s, "squeue", "--noheader", f"--user={os.getuid()}", f"--name={name}", "--format=%i %T")
+    return dict(line.split(maxsplit=1) for line in answer.splitlines())
+
+
+def cancel_named(name: str, timeout_s: float) -> None:
+    """End all jobs of this user that have this name: whoever has been interrupted may not know the id of its job."""
+    ask(timeout_s, "scancel", f"--user={os.getuid()}", f"--name={name}")
 
 
 def step_environment(environment: Mapping[str, str]) -> dict[str, str]:

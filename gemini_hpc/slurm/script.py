@@ -6,7 +6,7 @@ from typing import Any
 
 from submitit.slurm.slurm import _convert_mem, _make_sbatch_string
 
-from gemini_hpc.config import RunConfig
+from gemini_hpc.config import RunConfig, SiteConfig
 
 _HEADER = """\
 # {name} under gemini_hpc. Rendered by: python -m gemini_hpc.submit --dry-run{arguments}
@@ -45,6 +45,33 @@ fi
 exec {python} -u -m gemini_hpc.runtime.supervisor "$run_dir\""""
 
 
+_PROBE_HEADER = "# Probes compute nodes for gemini_hpc. Rendered, submitted and watched by: python -m gemini_hpc.doctor"
+
+_PROBE_BODY = 'exec {python} -u -m gemini_hpc.runtime.probes.job "$1"'
+
+_WHY_PROBE = {
+    "no-kill": "As a run asks for it.",
+    "no-requeue": "Nobody waits for a second try.",
+    "nodes": "Two show what there is between nodes.",
+    "ntasks-per-node": "One probing program for each node.",
+    "output": "Overridden by doctor.",
+}
+
+_OF_A_WHOLE_RUN = (
+    "array",
+    "error",
+    "job_name",
+    "nodes",
+    "open_mode",
+    "output",
+    "requeue",
+    "signal",
+    "time",
+    "time_min",
+)
+"""Options that a site file may give runs, and that `doctor`'s job has to give itself."""
+
+
 def job_script(config: RunConfig, arguments: Sequence[str]) -> str:
     """Return the job script of `config`, which the command line `submit ARGUMENTS` resolves to.
 
@@ -69,15 +96,45 @@ def job_script(config: RunConfig, arguments: Sequence[str]) -> str:
         python=site.python,
         timeout_min=site.timeout_min,
         signal_delay_s=site.signal_delay_s,
-        mem_gb=site.mem_gb,
-        cpus_per_task=site.cpus_per_task,
-        gpus_per_node=site.gpus_per_node,
-        partition=site.slurm_partition,
-        constraint=site.slurm_constraint,
-        account=site.slurm_account,
-        setup=site.slurm_setup,
         additional_parameters=site.slurm_additional_parameters,
+        **_of_each_node(site),
     )
+
+
+def probe_script(config: RunConfig, name: str, nodes: int, timeout_min: int) -> str:
+    """Return the script of the job called `name` in which `doctor` probes `nodes` nodes; its argument is a folder.
+
+    It asks for its nodes as a run does, but for few, for a short time, and never again.
+    """
+    site = config.site
+    named = {key.replace("-", "_"): value for key, value in site.slurm_additional_parameters.items()}
+    return _render(
+        _PROBE_HEADER,
+        _PROBE_BODY.format(python=site.python),
+        {**_WHY, **_WHY_PROBE},
+        {
+            "no_kill": True,
+            **{key: value for key, value in named.items() if key not in _OF_A_WHOLE_RUN},
+            "no_requeue": True,
+            "output": "slurm-%j.out",
+        },
+        job_name=name,
+        nodes=nodes,
+        time=timeout_min,
+        **_of_each_node(site),
+    )
+
+
+def _of_each_node(site: SiteConfig) -> dict[str, Any]:
+    return {
+        "mem_gb": site.mem_gb,
+        "cpus_per_task": site.cpus_per_task,
+        "gpus_per_node": site.gpus_per_node,
+        "partition": site.slurm_partition,
+        "constraint": site.slurm_constraint,
+        "account": site.slurm_account,
+        "setup": site.slurm_setup,
+    }
 
 
 def render_script(
@@ -110,31 +167,54 @@ def render_script(
         "output": "slurm-%j.out",
         **{key.replace("-", "_"): value for key, value in (additional_parameters or {}).items()},
     }
-    parameters: dict[str, Any] = {
-        "job_name": job_name,
-        "time": timeout_min,
-        "nodes": active + spares,
-        "ntasks_per_node": 1,
-        "mem": None if mem_gb is None else _convert_mem(mem_gb),
-        "cpus_per_task": cpus_per_task,
-        "gpus_per_node": gpus_per_node,
-        "partition": partition,
-        "constraint": constraint,
-        "account": account,
-        "setup": list(setup) or None,
-        "wckey": None,  # submitit's own default is refused where such keys are checked
-        "additional_parameters": {key: value for key, value in options.items() if value is not False},
-    }
+    return _render(
+        _header(job_name, "sbatch", arguments),
+        _body(python, arguments),
+        {**_WHY, "nodes": _WHY["nodes"].format(active=active, spares=spares)},
+        options,
+        job_name=job_name,
+        nodes=active + spares,
+        time=timeout_min,
+        mem_gb=mem_gb,
+        cpus_per_task=cpus_per_task,
+        gpus_per_node=gpus_per_node,
+        partition=partition,
+        constraint=constraint,
+        account=account,
+        setup=setup,
+    )
+
+
+def _render(
+    header: str,
+    body: str,
+    why: Mapping[str, str],
+    options: Mapping[str, Any],
+    *,
+    mem_gb: float | None,
+    setup: Sequence[str],
+    **parameters: Any,
+) -> str:
+    unset: Any = None  # submitit's own default is refused where such keys are checked
     text = _make_sbatch_string(
-        command=_body(python, arguments), folder=".", stderr_to_stdout=True, use_srun=False, **parameters
+        command=body,
+        folder=".",
+        stderr_to_stdout=True,
+        use_srun=False,
+        ntasks_per_node=1,
+        mem=None if mem_gb is None else _convert_mem(mem_gb),
+        setup=list(setup) or None,
+        wckey=unset,
+        additional_parameters={key: value for key, value in options.items() if value is not False},
+        **parameters,
     )
     lines: list[str] = []
     for line in text.splitlines():
         if line.startswith("#SBATCH "):
             key = line.removeprefix("#SBATCH --").partition("=")[0]
-            lines.append(f"# {_WHY.get(key, _FROM_SITE).format(active=active, spares=spares)}")
+            lines.append(f"# {why.get(key, _FROM_SITE)}")
         lines.append(line)
-    return "\n".join([lines[0], _header(job_name, "sbatch", arguments), *lines[1:], ""])
+    return "\n".join([lines[0], header, *lines[1:], ""])
 
 
 def _header(name: str, start: str, arguments: Sequence[str]) -> str:

@@ -89,6 +89,7 @@ class Probe:
     """The next thing to do when there is no answer, or an error in its place."""
     undo: Look | None = None
     """Called when `look` was killed, to take away what bears no mark of the case."""
+    undo_s: float = UNDO_S
 
 
 def examine(probe: Probe, case: Case, tick: Callable[[], None] = lambda: None) -> Finding:
@@ -110,7 +111,9 @@ def examine(probe: Probe, case: Case, tick: Callable[[], None] = lambda: None) -
         clear(Path(case.run.site.shm_dir), case.id)
         _remove_leftovers(mpich_files)
         if looker.killed and probe.undo:
-            undoing = Probe(probe.name, f"clearing up after {probe.name}", UNDO_S, probe.undo, "remove it by hand")
+            undoing = Probe(
+                probe.name, f"clearing up after {probe.name}", probe.undo_s, probe.undo, "remove it by hand"
+            )
             undone = examine(undoing, case)
             left += "" if undone.level is Level.OK else f"; {undone.text}"
     if not in_time:

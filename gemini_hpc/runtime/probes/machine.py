@@ -102,7 +102,8 @@ def limits(case: Case) -> Finding:
     """The limits on this process, which all processes of a run inherit, against what they need."""
     cluster, needs = case.run.cluster, case.needs
     nodes = cluster.nodes + cluster.spares
-    files, threads = FILES + FILES_PER_NODE * nodes, THREADS + nodes * (THREADS_PER_NODE + case.run.train.threads)
+    here = nodes if case.run.site.kind == "local" else 1
+    files, threads = FILES + FILES_PER_NODE * nodes, THREADS + here * (THREADS_PER_NODE + case.run.train.threads)
     rows = [("open files", resource.RLIMIT_NOFILE, files, "n", 1)]
     if needs:
         rows.append(("bytes of a file", resource.RLIMIT_FSIZE, needs.arena_bytes, "f", 1024))
@@ -118,7 +119,12 @@ def limits(case: Case) -> Finding:
         )
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     # InfiniBand's own verbs would pin the arenas; hosts use TCP (windows.launch)
-    return ok(f"{soft} open files ({files} needed), {tried} threads started, memlock not needed: MPI runs over TCP")
+    return ok(f"{soft} open files ({files} needed), {tried} threads started, memlock {_memlock()}: MPI runs over TCP")
+
+
+def _memlock() -> str:
+    soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return "unlimited, not needed" if soft == resource.RLIM_INFINITY else f"{soft >> 10} KiB, not needed"
 
 
 def _start_threads(number: int) -> int:
@@ -148,7 +154,8 @@ def memory(case: Case) -> Finding:
 def clock(case: Case) -> Finding:
     """How long this process is kept from running while as many compute as in a run, against the heartbeats' timeout."""
     recovery, cores = case.run.recovery, len(os.sched_getaffinity(0))
-    busy = min(case.run.cluster.nodes * case.run.train.threads, 2 * cores)
+    here = case.run.cluster.nodes if case.run.site.kind == "local" else 1
+    busy = min(here * case.run.train.threads, 2 * cores)
     for _ in range(busy):
         subprocess.Popen([*DYING_WITH_US, sys.executable, "-I", "-S", "-c", BUSY])
     worst_s = _worst_stall()

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import TypeVar
@@ -14,15 +15,16 @@ from typing import TypeVar
 import zmq
 
 from gemini_hpc.arena import OWN, Arena, ArenaError, Geometry, Record, State
-from gemini_hpc.config.capacity import room_at
+from gemini_hpc.config.capacity import shm_left
 from gemini_hpc.core.codec import Message
 from gemini_hpc.core.messages import Copied, Heartbeat, Hello, HostReady, Lead, Pull, Sealed, Written
 from gemini_hpc.errors import GeminiError, UserError
-from gemini_hpc.runtime.channel import Channel, Listener
+from gemini_hpc.runtime.channel import Listener
 from gemini_hpc.runtime.children import DYING_WITH_US
 from gemini_hpc.runtime.cluster import LOOPBACK, address_of, nodes_of
 from gemini_hpc.runtime.probes.examine import Case, Finding, last_line, ok, problem, warning
 from gemini_hpc.runtime.probes.storage import NOT_TRIED
+from gemini_hpc.runtime.processes import wait_exit
 from gemini_hpc.runtime.wire import Client, Server, Wire, make_keys
 from gemini_hpc.windows import HostSpec, mpiexec_command, network_interface
 
@@ -30,12 +32,14 @@ CONNECT_S = 2.0
 EXCHANGES = 200
 PULL_BYTES = 32 << 20
 PULLS = 5
+PULL_S = 60.0
 NODES = ("node0", "node1")
 LOCALHOST = f"see that torch can be imported, and give {LOOPBACK} the name localhost in /etc/hosts"
 SHIELD = "window host "
 """How a shield's word begins that its host has ended (windows/shield.py); it keeps that from the launcher."""
 
 WATCH_MS = 100
+LAST_WORDS_S = 1.0
 SLOW_JOIN_S = 1.0
 """A group forms in milliseconds; seconds mean that a name service is asked for addresses it does not know."""
 
@@ -89,17 +93,17 @@ def _exchange(client: Client, server: Server) -> float:
 
 def other_interface() -> str:
     """Say what to try when window hosts do not start, or do not find each other."""
-    return f"set site.interface to another of {', '.join(_interfaces()) or 'none'}, or install MPICH anew: make"
+    return f"set site.interface to another of {', '.join(interfaces()) or 'none'}, or install MPICH anew: make"
 
 
 def mpi_world(case: Case) -> Finding:
     """A world of two window hosts, started as in a run, and snapshots pulled through it."""
     site, recovery = case.run.site, case.run.recovery
     interface = site.interface or network_interface()
-    if interface and interface not in _interfaces():
-        return problem(f"no interface {interface} is up: set site.interface to one of {', '.join(_interfaces())}")
+    if interface and interface not in interfaces():
+        return problem(no_interface(interface))
     try:
-        arenas = _arenas(case)
+        arenas = [small_arena(case, node) for node in NODES]
     except (ArenaError, UserError):
         return warning(NOT_TRIED)
     began = time.monotonic()
@@ -117,10 +121,68 @@ def mpi_world(case: Case) -> Finding:
     return ok(found)
 
 
-def _arenas(case: Case) -> list[Arena]:
-    """Make small arenas, which take half of what is free at most. Raises ArenaError or UserError."""
-    geometry = Geometry(2, min(PULL_BYTES, (room_at(case.run.site).shm_bytes or 0) // 16))
-    return [Arena.create(case.shared(f"{node}.arena"), geometry, case.id) for node in NODES]
+def small_arena(case: Case, node: str) -> Arena:
+    """Make a small arena, which takes a quarter of what is free at most. Raises ArenaError or UserError."""
+    geometry = Geometry(2, min(PULL_BYTES, shm_left(case.run.site) // 16))
+    return Arena.create(case.shared(f"{node}.arena"), geometry, case.id)
+
+
+class HostLine:
+    """The line to one window host, as its agent has it. `lost` says why the world has broken down, if it has."""
+
+    def __init__(self, socket: Path, lost: Callable[[], GeminiError | None]) -> None:
+        self._listener, self._lost = Listener(socket), lost
+
+    def open(self) -> None:
+        """Wait until the host has begun. Raises GeminiError when the world breaks down."""
+        self._await(self._listener.fileno())
+        line = self._listener.accept()
+        if line is None:
+            raise self._hung_up()
+        self._line = line
+        self.hear(Hello)
+
+    def send(self, message: Message) -> None:
+        self._line.send(message)
+
+    def hear(self, kind: type[M]) -> M:
+        """Wait for a message of that kind, which is due. Raises GeminiError when something else comes."""
+        self._await(self._line.fileno())
+        message = self._line.receive()
+        if not isinstance(message, kind):
+            raise self._hung_up()
+        return message
+
+    def publish(self, arena: Arena, node: str) -> Sealed:
+        """Put a snapshot into the host's arena and have it sealed."""
+        payload = arena.payload(OWN, 0)
+        payload[:] = os.urandom(len(payload))
+        arena.write_record(OWN, 0, Record(State.WRITTEN, 0, 1, 1, len(payload)))
+        self.send(Written(node, 0))
+        return self.hear(Sealed)
+
+    def pull(self, node: str, source: str, step: int, half: int, nbytes: int, checksum: int) -> float:
+        """Have this host, of `node`, pull a snapshot; return how long that took, in seconds. Raises GeminiError."""
+        what = (nbytes, checksum)
+        self.send(Pull(node, 1, 1, 0, step, source, 1, 0, OWN, half, 1, 0, *what, PULL_S))
+        copied = self.hear(Copied)
+        if not copied.ok:
+            raise GeminiError(f"a pull from window to window failed ({copied.reason})")
+        return copied.seconds
+
+    def _await(self, fd: int) -> None:
+        poller = select.poll()
+        poller.register(fd, select.POLLIN)
+        while not poller.poll(WATCH_MS):
+            if lost := self._lost():
+                raise lost
+
+    def _hung_up(self) -> GeminiError:
+        """Say why, which may be told a moment later than the line ends."""
+        deadline = time.monotonic() + LAST_WORDS_S
+        while (lost := self._lost()) is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return lost or GeminiError("a window host ended without a word")
 
 
 class _World:
@@ -130,7 +192,7 @@ class _World:
         self._log = case.shared("windows.log")
         self._source = arenas[0]
         sockets = [case.shared(f"{node}.sock") for node in NODES]
-        listeners = [Listener(path) for path in sockets]
+        self._lines = [HostLine(path, self._lost) for path in sockets]
         hosts = [HostSpec(n, a.path, s) for n, a, s in zip(NODES, arenas, sockets, strict=True)]
         command, environment = mpiexec_command(
             Path(sys.executable), case.id, 1, hosts, os.environ, case.run.site.interface
@@ -140,60 +202,31 @@ class _World:
                 [*DYING_WITH_US, *command], env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
         self._launcher = os.pidfd_open(launcher.pid)
-        self._lines = [self._accept(listener) for listener in listeners]
-        for host in (0, 1):
-            self._hear(host, Hello)
-        for host in (0, 1):
-            self._hear(host, HostReady)
+        for line in self._lines:
+            line.open()
+        for line in self._lines:
+            line.hear(HostReady)
 
     def publish(self) -> Sealed:
-        """Put a snapshot into the first node's arena and have it sealed."""
-        payload = self._source.payload(OWN, 0)
-        payload[:] = os.urandom(len(payload))
-        self._source.write_record(OWN, 0, Record(State.WRITTEN, 0, 1, 1, len(payload)))
-        self._lines[0].send(Written(NODES[0], 0))
-        return self._hear(0, Sealed)
+        return self._lines[0].publish(self._source, NODES[0])
 
     def pull(self, sealed: Sealed) -> float:
         """Have the second node pull it; return how long that took, in seconds. Raises GeminiError."""
-        what = (sealed.nbytes, sealed.checksum)
-        self._lines[1].send(Pull(NODES[1], 1, 1, 0, sealed.step, NODES[0], 1, 0, OWN, sealed.half, 1, 0, *what, 60.0))
-        copied = self._hear(1, Copied)
-        if not copied.ok:
-            raise GeminiError(f"a pull from window to window failed ({copied.reason})")
-        return copied.seconds
+        return self._lines[1].pull(NODES[1], NODES[0], sealed.step, sealed.half, sealed.nbytes, sealed.checksum)
 
-    def _accept(self, listener: Listener) -> Channel:
-        self._await(listener.fileno())
-        line = listener.accept()
-        if line is None:
-            raise self._lost()
-        return line
-
-    def _hear(self, host: int, kind: type[M]) -> M:
-        line = self._lines[host]
-        self._await(line.fileno())
-        message = line.receive()
-        if not isinstance(message, kind):
-            raise self._lost()
-        return message
-
-    def _await(self, fd: int) -> None:
-        """Wait for something to read; raises GeminiError when the launcher or a host ends first."""
-        poller = select.poll()
-        for awaited in (fd, self._launcher):
-            poller.register(awaited, select.POLLIN)
-        while fd not in (ready := [descriptor for descriptor, _ in poller.poll(WATCH_MS)]):
-            if ready or SHIELD in self._log.read_text(errors="replace"):
-                raise self._lost()
-
-    def _lost(self) -> GeminiError:
+    def _lost(self) -> GeminiError | None:
         words = self._log.read_text(errors="replace").splitlines()
+        if not wait_exit(self._launcher, 0.0) and not any(line.startswith(SHIELD) for line in words):
+            return None
         word = last_line([line for line in words if not line.startswith(SHIELD)])
         return GeminiError(f"the MPI world of 2 window hosts broke down ({word})")
 
 
-def _interfaces() -> list[str]:
+def no_interface(name: str) -> str:
+    return f"no interface {name} is up: set site.interface to one of {', '.join(interfaces())}"
+
+
+def interfaces() -> list[str]:
     return sorted(name for _, name in socket.if_nameindex() if name != "lo" and _state(name) != "down")
 
 

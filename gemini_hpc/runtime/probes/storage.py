@@ -1,6 +1,7 @@
 """Probes of the two places where bytes lie: the memory file system, and that of the run directories."""
 
 import os
+import platform
 import re
 import shutil
 import time
@@ -8,7 +9,7 @@ from math import ceil
 from pathlib import Path
 
 from gemini_hpc.arena import Arena, Geometry, SnapshotIndex, checksum, layout
-from gemini_hpc.config.capacity import GIB, Room, check, room_at
+from gemini_hpc.config.capacity import GIB, Room, check, shm_left
 from gemini_hpc.errors import GeminiError
 from gemini_hpc.runtime.paths import lock_path
 from gemini_hpc.runtime.probes.examine import Case, Finding, ok, problem, warning
@@ -30,7 +31,7 @@ NOT_TRIED = "not tried, as it needs site.shm_dir: mend that first"
 def memory_files(case: Case) -> Finding:
     """The memory file system: whether it is one, takes an arena, and has room for all arenas of this machine."""
     directory, cluster = Path(case.run.site.shm_dir), case.run.cluster
-    free = room_at(case.run.site).shm_bytes or 0
+    free = shm_left(case.run.site)
     socket = case.shared(f"node{cluster.nodes + cluster.spares}.sock")
     if (length := len(os.fsencode(socket))) > SOCKET_NAME_BYTES:
         return problem(
@@ -67,7 +68,7 @@ def leftovers(case: Case) -> Finding:
 
 def run_directory(case: Case) -> Finding:
     """The file system of the run directories: room, a checkpoint's file as archivers write it, private keys."""
-    place = _existing(case)
+    place = existing(case)
     if not place.is_dir():
         return problem(f"{place} is no folder: {ANOTHER}")
     run, kind, free = case.run, file_system(place), _free(place)
@@ -122,14 +123,15 @@ def _taken(directory: Path, runs: list[str]) -> int:
     return sum(path.lstat().st_blocks * 512 for run in runs for path in directory.glob(f"gemini-{run}-*"))
 
 
-def _existing(case: Case) -> Path:
+def existing(case: Case) -> Path:
     """Return site.runs_dir, or where `submit` would make it."""
     wanted = Path(case.run.site.runs_dir).absolute()
     return next(path for path in (wanted, *wanted.parents) if path.exists())
 
 
 def _trial(case: Case) -> Path:
-    return _existing(case) / f".gemini-doctor-{case.id}"
+    # with the machine's name, as the nodes of a job try it all at once
+    return existing(case) / f".gemini-doctor-{case.id}-{platform.node()}"
 
 
 def _write(trial: Path) -> float:
