@@ -210,8 +210,9 @@ class _Waiting:
         """Show that something else is waited for now."""
         text = f"waiting for: {awaited}"
         if text != self._text:
+            self.over()
             self._text = text
-            self._write(f"\r\x1b[K{text}" if self._renews else f"{text}\n")
+            self._write(text if self._renews else f"{text}\n")
 
     def renew(self) -> None:
         if self._renews and time.monotonic() - self._shown > RENEW_S:
@@ -220,7 +221,7 @@ class _Waiting:
 
     def over(self) -> None:
         """Make room for another line."""
-        if self._renews:
+        if self._renews and self._text:
             self._write("\r\x1b[K")
 
     def _write(self, text: str) -> None:

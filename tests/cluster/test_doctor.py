@@ -34,33 +34,74 @@ def test_everything_is_tried(tmp_path: Path) -> None:
     assert all(finding["level"] in ("ok", "warning") and finding["seconds"] > 0 for finding in told["findings"])
     assert (told["site"], told["kind"], told["notes"]) == ("local", "local", [])
     assert told["verdict"].startswith("0 problems, ")
+    numbers = told["numbers"]
+    assert (numbers["nodes"], numbers["spares"], numbers["mem_gb"]) == (4, 1, None)
+    assert 0 < numbers["snapshot_bytes"] < numbers["arena_bytes"] < numbers["memory_bytes"]
     assert answer.stderr.splitlines() == [
         f"waiting for: {probe.awaits} (up to {probe.bound_s:g} s)" for probe in probes
     ]
     assert list(tmp_path.iterdir()) == []
 
 
-def _slurm_site(place: Path, *, commands: bool) -> tuple[list[str], dict[str, str]]:
-    """Return the arguments and the environment for a Slurm site in whose PATH the commands are, or are not."""
+def _slurm_site(place: Path, *options: str, **programs: str) -> tuple[list[str], dict[str, str]]:
+    """Return the arguments and the environment for a Slurm site in whose PATH are programs of these texts."""
     (place / "bin").mkdir()
-    for name in ("sbatch", "squeue", "scancel") if commands else ():
-        (place / "bin" / name).write_text("#!/bin/sh\n")
+    for name, text in programs.items():
+        (place / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
         (place / "bin" / name).chmod(0o755)
-    arguments = command("doctor", "--site", "generic_slurm", f"site.runs_dir={place / 'runs'}")
+    (place / "shared").mkdir()
+    arguments = command("doctor", "--site", "generic_slurm", f"site.runs_dir={place / 'shared/runs'}", *options)
     return arguments, {**os.environ, "PATH": f"{place / 'bin'}:/usr/bin:/bin"}
 
 
+MUTE = dict.fromkeys(("sbatch", "srun", "squeue", "scancel"), "")
+"""Programs that are there, and say nothing."""
+
+
 def test_a_slurm_site_shows_what_its_login_node_does(tmp_path: Path) -> None:
-    arguments, environment = _slurm_site(tmp_path, commands=True)
+    arguments, environment = _slurm_site(tmp_path, "--login-only", **MUTE)
     answer = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=START_S)
     assert answer.returncode == 0 and answer.stderr == "", answer
     lines = answer.stdout.splitlines()
-    assert lines[1] == "note     this version does not probe the compute nodes: it shows what this login node does"
-    assert [line.split()[0] for line in lines] == ["site", "note", *["waiting", "ok"] * 3, "verdict"]
+    assert lines[1] == "note     the compute nodes are not probed: this shows what the login node does"
+    assert [line.split()[0] for line in lines] == ["site", "note", *["waiting", "ok"] * 3, "numbers", "verdict"]
+
+
+def test_a_job_that_slurm_does_not_take_is_one_line(tmp_path: Path) -> None:
+    refusal = "echo 'sbatch: error: invalid partition specified: gpu' >&2; exit 1"
+    arguments, environment = _slurm_site(tmp_path, **{**MUTE, "sbatch": refusal})
+    answer = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=START_S)
+    assert answer.returncode == 1 and answer.stderr == "", answer
+    (found,) = [line for line in answer.stdout.splitlines() if line.startswith("problem")]
+    assert found.startswith("problem  job            Slurm did not take the job (sbatch: error: invalid partition")
+    assert found.endswith("): correct the site, or try --site local")
+    assert list((tmp_path / "shared").iterdir()) == []
+
+
+def test_a_job_that_does_not_start_in_time_is_cancelled(tmp_path: Path) -> None:
+    programs = {
+        "sbatch": "echo Submitted batch job 4711",
+        "squeue": f"""
+            [ -e {tmp_path}/cancelled ] && exit
+            case "$*" in *--jobs*) echo PENDING Priority;; *) echo 4711 PENDING;; esac
+            """,
+        "scancel": f'echo "$@" > {tmp_path}/cancelled',
+    }
+    arguments, environment = _slurm_site(tmp_path, "--wait-min", "0.02", **{**MUTE, **programs})
+    answer = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=START_S)
+    assert answer.returncode == 0 and answer.stderr == "", answer
+    lines = answer.stdout.splitlines()
+    assert "waiting for: job 4711 to start (up to 0.02 min): PENDING (Priority)" in lines
+    (found,) = [line for line in lines if line.startswith("warning")]
+    assert found.startswith(
+        "warning  job            job 4711 did not start within 0.02 min (PENDING (Priority)) and was"
+    )
+    assert "--name=gemini-doctor-" in (tmp_path / "cancelled").read_text()
+    assert list((tmp_path / "shared").iterdir()) == []
 
 
 def test_a_terminal_is_overwritten_and_a_problem_is_the_exit_status(tmp_path: Path) -> None:
-    arguments, environment = _slurm_site(tmp_path, commands=False)
+    arguments, environment = _slurm_site(tmp_path)
     shown, terminal = pty.openpty()
     doctor = subprocess.Popen(arguments, env=environment, stdin=subprocess.DEVNULL, stdout=terminal, stderr=terminal)
     os.close(terminal)
@@ -75,6 +116,7 @@ def test_a_terminal_is_overwritten_and_a_problem_is_the_exit_status(tmp_path: Pa
     waits = [line for line in text.decode().split("\r\n") if line.startswith("waiting for: ")]
     assert len(waits) == 3 and all("\r\x1b[K" in line for line in waits)  # each was followed on the same line
     assert any("\x1b[Kproblem  Slurm          no sbatch, squeue, scancel here: load" in line for line in waits), lines
+    assert "note     the compute nodes are not probed: mend the problems of the login node first" in text.decode()
     assert "verdict  1 problem, 0 warnings: mend the problems before you submit" in text.decode()
 
 
@@ -87,6 +129,7 @@ def test_a_terminal_is_overwritten_and_a_problem_is_the_exit_status(tmp_path: Pa
         (["one.yaml", "two.yaml"], "one configuration file"),
         (["missing.yaml"], "missing.yaml"),
         (["--jason"], "--help"),
+        (["--wait-min", "0"], "--login-only"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], hint: str, tmp_path: Path) -> None:
