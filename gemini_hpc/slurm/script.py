@@ -55,6 +55,7 @@ _WHY_PROBE = {
     "nodes": "Two show what there is between nodes.",
     "ntasks-per-node": "One probing program for each node.",
     "output": "Overridden by doctor.",
+    "signal": "Its end in order, should its time run out.",
 }
 
 _OF_A_WHOLE_RUN = (
@@ -116,6 +117,7 @@ def probe_script(config: RunConfig, name: str, nodes: int, timeout_min: int) -> 
             "no_kill": True,
             **{key: value for key, value in named.items() if key not in _OF_A_WHOLE_RUN},
             "no_requeue": True,
+            "signal": "B:TERM@10",
             "output": "slurm-%j.out",
         },
         job_name=name,

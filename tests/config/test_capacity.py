@@ -109,3 +109,8 @@ def test_memory_limits_of_control_groups(tmp_path: Path) -> None:
     version2, version1 = "0::/job/step\n", "4:cpu,cpuacct:/a\n9:memory:/a/gone\n0::/\n"
     assert list(capacity.cgroup_room(version2, tmp_path)) == [350]
     assert list(capacity.cgroup_room(version1, tmp_path)) == [805]
+    assert capacity.cgroup_used(version2, tmp_path, "step") == 10
+    assert capacity.cgroup_used(version2, tmp_path, "job") == 700
+    assert capacity.cgroup_used(version1, tmp_path, "a") == 100
+    assert capacity.cgroup_used(version1, tmp_path, "gone") is None
+    assert capacity.cgroup_used(version2, tmp_path, "other") is None

@@ -106,3 +106,11 @@ undo = storage.remove_trial
     )
     assert found.level == "problem" and "left" not in found.text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_probe_that_somebody_else_kills_is_undone_too(tmp_path: Path) -> None:
+    """As Slurm does, which tells all processes of a job to end."""
+    undo = f"\ndef undo(case):\n    Path({str(tmp_path / 'undone')!r}).touch()\n    return ok('')"
+    found = look(f"def look(case):\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(600){undo}")
+    assert found.level == "problem" and "ended with SIGTERM" in found.text
+    assert (tmp_path / "undone").exists()

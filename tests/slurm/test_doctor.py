@@ -80,6 +80,20 @@ def test_the_compute_nodes_are_probed_by_a_job(cluster: SlurmCluster, tmp_path: 
     assert left(cluster, tmp_path) == []
 
 
+def test_what_is_broken_on_the_nodes_alone_is_a_problem_told_once(cluster: SlurmCluster, tmp_path: Path) -> None:
+    (tmp_path / "broken/mpi4py").mkdir(parents=True)
+    (tmp_path / "broken/mpi4py/__init__.py").write_text("raise ImportError('no libmpi here')")
+    setup = f"site.slurm_setup=['export PYTHONPATH={tmp_path}/broken:$PYTHONPATH']"
+    process = doctor(cluster, tmp_path, "--json", setup)
+    assert process.wait(START_S) == 1
+    told = json.loads((tmp_path / "output").read_text())
+    (found,) = [finding for finding in told["findings"] if finding["level"] == "problem"]
+    assert found["probe"] == "MPI world" and len(found["nodes"]) == 2
+    assert "the MPI world of 2 window hosts broke down (ImportError: no libmpi here): " in found["text"]
+    assert told["verdict"].startswith("1 problem, ")
+    assert left(cluster, tmp_path) == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_doctor_that_is_ended_leaves_neither_job_nor_folder(
     cluster: SlurmCluster, tmp_path: Path, number: signal.Signals

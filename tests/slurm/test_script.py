@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gemini_hpc.config import RunConfig, load_run
-from gemini_hpc.slurm.script import job_script, render_script
+from gemini_hpc.slurm.script import job_script, probe_script, render_script
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "sbatch" / "gpt2_gemini.sh"
@@ -63,6 +63,24 @@ def test_a_site_adds_and_takes_away_options() -> None:
     assert "--exclusive" in asked
     assert "--qos='a b'" in asked
     assert not any("requeue" in option or "no-kill" in option for option in asked)
+
+
+def test_probes_ask_for_their_nodes_as_a_run_does_but_for_few_and_once() -> None:
+    run = load_run(
+        site="ibex", overrides=["site.slurm_additional_parameters={time: 99, requeue: true, nodes: 9, qos: high}"]
+    )
+    whole, few = options(job_script(run, [])), options(probe_script(run, "gemini-doctor-1", 2, 5))
+    of_a_run = ("--job-name", "--nodes", "--time", "--requeue", "--signal")
+    assert [option for option in whole if not option.startswith(of_a_run)] == [
+        option for option in few if not option.startswith((*of_a_run, "--no-requeue"))
+    ]
+    assert {"--job-name=gemini-doctor-1", "--nodes=2", "--time=5", "--no-requeue", "--no-kill", "--qos=high"} <= set(
+        few
+    )
+    text = probe_script(run, "gemini-doctor-1", 2, 5)
+    lines = text.splitlines()
+    assert all(lines[n - 1].startswith("# ") for n, line in enumerate(lines) if line.startswith("#SBATCH"))
+    assert "export NCCL_SOCKET_IFNAME=ib0" in text and lines[-1].endswith('probes.job "$1"')
 
 
 def test_the_script_names_nothing_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

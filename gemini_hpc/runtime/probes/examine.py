@@ -88,7 +88,7 @@ class Probe:
     remedy: str
     """The next thing to do when there is no answer, or an error in its place."""
     undo: Look | None = None
-    """Called when `look` was killed, to take away what bears no mark of the case."""
+    """Called when `look` was killed, by us or anybody, to take away what bears no mark of the case."""
     undo_s: float = UNDO_S
 
 
@@ -110,7 +110,7 @@ def examine(probe: Probe, case: Case, tick: Callable[[], None] = lambda: None) -
         left = "" if looker.ended() else looker.kill()
         clear(Path(case.run.site.shm_dir), case.id)
         _remove_leftovers(mpich_files)
-        if looker.killed and probe.undo:
+        if probe.undo and not looker.answered:
             undoing = Probe(
                 probe.name, f"clearing up after {probe.name}", probe.undo_s, probe.undo, "remove it by hand"
             )
@@ -128,7 +128,6 @@ class _Looker:
         self._probe = probe
         self._answer, self._words = os.memfd_create("answer"), os.memfd_create("words")
         self._status: int | None = None
-        self.killed = False
         sys.stdout.flush()
         sys.stderr.flush()
         me = os.getpid()
@@ -161,7 +160,6 @@ class _Looker:
 
     def kill(self) -> str:
         """Kill it; say so when it cannot be, as long as a file system hangs."""
-        self.killed = True
         with suppress(ProcessLookupError):
             os.killpg(self._pid, signal.SIGKILL)  # what it forked bears no mark
         kill(self._pid, signal.SIGKILL)
@@ -172,14 +170,17 @@ class _Looker:
             time.sleep(0.001)
         return ""
 
+    @property
+    def answered(self) -> bool:
+        return bool(_all(self._answer))
+
     def finding(self) -> Finding:
-        answer = _all(self._answer)
-        if not answer:
+        if not self.answered:
             code = os.waitstatus_to_exitcode(self._status or 0)
             how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
             words = last_line(_all(self._words).decode(errors="replace").splitlines())
             return problem(f"{self._probe.awaits} ended with {how} ({words}): {self._probe.remedy}")
-        level, text = json.loads(answer)
+        level, text = json.loads(_all(self._answer))
         return Finding(Level(level), text)
 
 

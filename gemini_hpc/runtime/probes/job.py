@@ -5,7 +5,6 @@ the folder, where `nodes` on the login node reads it.
 """
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,9 +26,9 @@ from gemini_hpc.runtime.processes import RunLock
 from gemini_hpc.slurm.control import step_environment, this_job
 
 STEP = "gemini-doctor"
-CASE, NODES, PING, OVER = "case", "nodes", "ping", "over"
+CASE, NODES, PING, OVER, SEEN = "case", "nodes", "ping", "over", "seen"
 """Files of the folder: what is examined; the job's nodes; the time on the login node, again and again; the status of
-the step in the end."""
+the step in the end; and that the login node has read it all."""
 
 LOCKING, MPI_WORLD = TOGETHER = "locking", "MPI world"
 """Probes that the nodes do together: the first speaks for all."""
@@ -90,7 +89,7 @@ def probes_on_node(run: RunConfig, place: Place) -> tuple[Probe, ...]:
 
 
 def lead(folder: Folder) -> int:
-    """Start a probing program on every node, and wait for it; return the exit status of the step."""
+    """Start a probing program on every node, and wait until its end is seen; return the exit status of the step."""
     job = this_job(read_run(folder.path).site.call_timeout_s)
     nodes = job.nodes(os.environ.get("SLURM_JOB_NODELIST", ""))
     folder.post(NODES, nodes)
@@ -99,14 +98,15 @@ def lead(folder: Folder) -> int:
         env=step_environment(os.environ),
         stdin=subprocess.DEVNULL,
     )
-    abandoned = _Abandoned(folder)
-    while (status := step.poll()) is None:
+    abandoned, status = _Abandoned(folder), None
+    while status is None or not folder.read(SEEN):
         if abandoned():  # doctor was killed, and cannot clear up any more
             step.kill()
-            shutil.rmtree(folder.path, ignore_errors=True)
+            folder.remove()
             return 1
+        if status is None and (status := step.poll()) is not None:
+            folder.post(OVER, status)
         time.sleep(WATCH_S)
-    folder.post(OVER, status)
     return status
 
 

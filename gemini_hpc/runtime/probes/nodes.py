@@ -218,6 +218,7 @@ class _Watch:
 
     def _conclude(self) -> Finding:
         self._tell_rows(whole=False)
+        self._folder.post(on_nodes.SEEN, True)
         if self._clocks:
             self._tell("clocks", judge_clocks(self._clocks))
         if self._rows_told:
