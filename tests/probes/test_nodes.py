@@ -12,7 +12,7 @@ from gemini_hpc.errors import GeminiError
 from gemini_hpc.runtime.probes import compute, nodes
 from gemini_hpc.runtime.probes.between import judge_locks
 from gemini_hpc.runtime.probes.folder import Folder
-from gemini_hpc.runtime.probes.nodes import Stream, judge_clocks, merged, no_kill
+from gemini_hpc.runtime.probes.nodes import Stream, judge_clocks, merged, no_kill, silent
 
 LISTED = """\
 MPI plugin types are...
@@ -44,6 +44,12 @@ def test_what_nodes_do_not_agree_on_is_a_line_each() -> None:
 def test_a_node_may_have_nothing_to_say() -> None:
     assert list(merged({"n1": found("seen by n2"), "n2": found("")})) == [(["n1"], found("seen by n2"))]
     assert list(merged({"n1": None, "n2": found("8 GiB")})) == [(["n2"], found("8 GiB"))]
+
+
+def test_a_node_that_falls_silent_is_named_with_its_last_word() -> None:
+    words = [found("8 GiB"), found("9 GiB")]
+    assert silent({"n1": words, "n2": words[:1], "n3": [], "n4": words}) == {"n2": "memory", "n3": "its start"}
+    assert silent({"n1": words}) == {} and silent({}) == {}
 
 
 def test_clocks_are_told_with_what_is_known_of_them() -> None:

@@ -8,6 +8,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 from gemini_hpc.arena import ArenaError
 from gemini_hpc.core.messages import HostReady
@@ -15,7 +16,7 @@ from gemini_hpc.errors import GeminiError, UserError
 from gemini_hpc.runtime.allocation import world_step
 from gemini_hpc.runtime.probes.examine import Case, Finding, last_line, ok, problem, warning
 from gemini_hpc.runtime.probes.folder import Folder
-from gemini_hpc.runtime.probes.network import PULLS, HostLine, small_arena
+from gemini_hpc.runtime.probes.network import PULLS, HostLine, interfaces, small_arena
 from gemini_hpc.runtime.probes.storage import NOT_TRIED
 from gemini_hpc.slurm.control import SlurmJob
 from gemini_hpc.windows import HostSpec, network_interface
@@ -27,6 +28,8 @@ TOGETHER_S = 60.0
 EXCHANGES = 5
 SLOW_FILE_S = 5.0
 """A file that takes longer to be seen holds up `status`, and who takes over the end of a run."""
+
+SHARED = "set site.runs_dir to a file system that all nodes share"
 
 FAILED = "world-failed"
 
@@ -54,11 +57,21 @@ class Place:
     def others(self) -> tuple[str, ...]:
         return tuple(node for node in self.nodes if node != self.node)
 
-    def meet(self, what: str) -> None:
-        """Wait until all nodes have come so far. Raises GeminiError when one has not within TOGETHER_S."""
-        self.folder.post(f"{what}-{self.node}", True)
-        for node in self.others:
-            self.folder.wait(f"{what}-{node}", TOGETHER_S)
+    def tell(self, what: str, value: Any = True) -> None:
+        """Tell the others."""
+        self.folder.post(f"{what}-{self.node}", value)
+
+    def hear(self, what: str, node: str) -> Any:
+        """Return what another node tells. Raises GeminiError when it does not within TOGETHER_S."""
+        try:
+            return self.folder.wait(f"{what}-{node}", TOGETHER_S)
+        except GeminiError:
+            raise GeminiError(f"{node} did not answer within {TOGETHER_S:g} s ({what})") from None
+
+    def meet(self, what: str, value: Any = True) -> dict[str, Any]:
+        """Wait until all nodes have come so far; return what each of them tells. Raises GeminiError."""
+        self.tell(what, value)
+        return {self.node: value, **{node: self.hear(what, node) for node in self.others}}
 
 
 # --- the shared file system ---------------------------------------------------------------------------------
@@ -75,24 +88,24 @@ def _hold(place: Place) -> Finding:
         fcntl.flock(held, fcntl.LOCK_EX)
         (place.folder.path / "claim").touch(exist_ok=False)
         times = [_exchange(place, number) for number in range(EXCHANGES)]
-        tried = {node: place.folder.wait(f"tried-{node}", TOGETHER_S) for node in place.others}
+        tried = {node: place.hear("tried", node) for node in place.others}
     return judge_locks(place.node, tried, median(times))
 
 
 def _try(place: Place) -> Finding:
     for number in range(EXCHANGES):
-        place.folder.wait(f"call-{number}", TOGETHER_S)
-        place.folder.post(f"answer-{number}-{place.node}", True)
-    place.folder.post(f"tried-{place.node}", {"lock": _refused_lock(place), "claim": _refused_claim(place)})
+        place.hear(f"call-{number}", place.nodes[0])
+        place.tell(f"answer-{number}")
+    place.tell("tried", {"lock": _refused_lock(place), "claim": _refused_claim(place)})
     return SILENT
 
 
 def _exchange(place: Place, number: int) -> float:
     """Post a file that all others answer; return how long that took, in seconds."""
     began = time.monotonic()
-    place.folder.post(f"call-{number}", True)
+    place.tell(f"call-{number}")
     for node in place.others:
-        place.folder.wait(f"answer-{number}-{node}", TOGETHER_S)
+        place.hear(f"answer-{number}", node)
     return time.monotonic() - began
 
 
@@ -119,7 +132,7 @@ def judge_locks(holder: str, tried: dict[str, dict[str, bool]], answer_s: float)
     seen = f"a file and its answer take {answer_s * 1e3:.0f} ms"
     if not all(refused["claim"] for refused in tried.values()):
         what = f"{holder} and {others} both made one file, as if each were alone"
-        return problem(f"{what}: set site.runs_dir to a file system that all nodes share")
+        return problem(f"{what}: {SHARED}")
     if not all(refused["lock"] for refused in tried.values()):
         # agents lock in memory, and HDF5 is told not to lock
         return ok(f"flock of {holder} is not seen by {others}, which no run needs; {seen}")
@@ -134,7 +147,12 @@ def judge_locks(holder: str, tried: dict[str, dict[str, bool]], answer_s: float)
 
 def mpi_world(place: Place, case: Case) -> Finding:
     """A world of window hosts on all nodes, started as in a run, and snapshots pulled through it."""
-    place.meet("mpi")
+    interface = case.run.site.interface or network_interface()
+    ready = place.meet("ready", interface in interfaces())
+    if missing := [node for node, has_it in ready.items() if not has_it]:
+        return (
+            warning(f"not tried, {interface} is missing on {', '.join(missing)}: mend that") if place.leads else SILENT
+        )
     world = _World(place, case)
     place.meet("arena")  # before any host starts
     try:
@@ -170,8 +188,8 @@ class _World:
         start_s = time.monotonic() - began
         sealed = self._line.publish(self._arena, self._place.node)
         what = {"step": sealed.step, "half": sealed.half, "nbytes": sealed.nbytes, "checksum": sealed.checksum}
-        self._place.folder.post("sealed", what)
-        pulled = [self._place.folder.wait(f"pulled-{node}", TOGETHER_S) for node in self._place.others]
+        self._place.tell("sealed", what)
+        pulled = [self._place.hear("pulled", node) for node in self._place.others]
         speed = sealed.nbytes / median(s for times in pulled for s in times)
         found = (
             f"{len(nodes)} window hosts up in {start_s:.2f} s by srun --mpi=pmi2 (world_s {recovery.world_s:g}); "
@@ -185,10 +203,8 @@ class _World:
         self._line.open()
         self._line.hear(HostReady)
         place = self._place
-        sealed = place.folder.wait("sealed", TOGETHER_S)
-        place.folder.post(
-            f"pulled-{place.node}", [self._line.pull(place.node, place.nodes[0], **sealed) for _ in range(PULLS)]
-        )
+        sealed = place.hear("sealed", place.nodes[0])
+        place.tell("pulled", [self._line.pull(place.node, place.nodes[0], **sealed) for _ in range(PULLS)])
         return SILENT
 
     def _start(self, interface: str | None) -> None:

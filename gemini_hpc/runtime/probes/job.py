@@ -36,6 +36,9 @@ LOCKING, MPI_WORLD = TOGETHER = "locking", "MPI world"
 ABANDONED_S = 60.0
 """Without a new ping for so long nobody waits for what is found."""
 
+WORLD_S = 20.0
+"""For the pulls through an MPI world, which is given `recovery.world_s` twice to start."""
+
 WATCH_S = 0.2
 PONG_S = 0.05
 
@@ -77,10 +80,11 @@ def probes_on_node(run: RunConfig, place: Place) -> tuple[Probe, ...]:
         return alone
     locks = partial(between.locking, place)
     world = partial(between.mpi_world, place)
-    hosts, world_s = f"MPI world of {len(place.nodes)} window hosts", 2 * TOGETHER_S + 2 * run.recovery.world_s
+    # for this one they have met before, over the locks
+    hosts, world_s = f"MPI world of {len(place.nodes)} window hosts", WORLD_S + 2 * run.recovery.world_s
     return (
         *alone,
-        Probe(LOCKING, "answers of the other nodes", 2 * TOGETHER_S, locks, storage.ANOTHER),
+        Probe(LOCKING, "answers of the other nodes", 2 * TOGETHER_S, locks, between.SHARED),
         Probe(MPI_WORLD, hosts, world_s, world, network.other_interface()),
     )
 

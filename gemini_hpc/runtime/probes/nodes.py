@@ -37,6 +37,7 @@ PING_S = 0.1
 END_S = 5.0
 """How long a job that is done may take to leave the queue before it is cancelled."""
 
+END_POLL_S = 0.5
 LEAVE_S = 20.0
 """How long a cancelled one may."""
 
@@ -122,22 +123,27 @@ def _submit(case: Case, folder: Folder) -> tuple[str, Path]:
 
 def _clear(case: Case, patience_s: float) -> str:
     """End the job, if it has not ended `patience_s` seconds from now, and remove its folder; say what is left."""
-    left, began, cancelled = "", time.monotonic(), False
-    try:
-        while jobs := jobs_named(_name(case), case.run.site.call_timeout_s):
-            waited_s = time.monotonic() - began
-            if waited_s > patience_s + LEAVE_S:
-                left = f"; job {', '.join(jobs)} does not end: scancel it"
-                break
-            if not cancelled and waited_s >= patience_s and set(jobs.values()) != {"COMPLETING"}:
-                cancel_named(_name(case), case.run.site.call_timeout_s)
-                cancelled = True
-            time.sleep(0.5)
-    except SlurmError as error:
-        left = f"; its job may be left ({error}): scancel --name={_name(case)}"
+    began, left = time.monotonic(), "unasked"
+    while left and (waited_s := time.monotonic() - began) < patience_s + LEAVE_S:
+        left = _still_there(case, cancel=waited_s >= patience_s)
+        if left:
+            time.sleep(END_POLL_S)
     folder = _folder(case)
     folder.remove()
-    return left + (f"; {folder.path} is left: remove it by hand" if folder.path.exists() else "")
+    said = f"; its job may be left ({left}): scancel --name={_name(case)}" if left else ""
+    return said + (f"; {folder.path} is left: remove it by hand" if folder.path.exists() else "")
+
+
+def _still_there(case: Case, cancel: bool) -> str:
+    """Return what squeue says of the job, or why it does not answer; "" = the job is over."""
+    name, timeout_s = _name(case), case.run.site.call_timeout_s
+    try:
+        jobs = jobs_named(name, timeout_s)
+        if cancel and any(state != "COMPLETING" for state in jobs.values()):
+            cancel_named(name, timeout_s)
+        return ", ".join(f"{number} {state}" for number, state in jobs.items())
+    except SlurmError as error:  # busy, or away
+        return str(error)
 
 
 class _Watch:
@@ -186,7 +192,8 @@ class _Watch:
                 return self._conclude()
             if time.monotonic() > ask:
                 ask, state = time.monotonic() + QUEUE_S, self._state()[0]
-            self._stream.tell(waits=f"job {self._id} ({state}) on {', '.join(self._nodes) or 'its nodes'}")
+            if state:
+                self._stream.tell(waits=f"job {self._id} ({state}) on {', '.join(self._nodes) or 'its nodes'}")
             time.sleep(PING_S)
 
     def _state(self) -> tuple[str, str]:
@@ -219,6 +226,9 @@ class _Watch:
     def _conclude(self) -> Finding:
         self._tell_rows(whole=False)
         self._folder.post(on_nodes.SEEN, True)
+        for node, last in silent({n: self._folder.lines(on_nodes.found_by(n)) for n in self._nodes}).items():
+            fallen = problem(f"nothing was heard of it after {last}: see what sinfo says of it, and try again")
+            self._stream.tell(finding=on_nodes.entry("node", fallen, 0.0), nodes=[node])
         if self._clocks:
             self._tell("clocks", judge_clocks(self._clocks))
         if self._rows_told:
@@ -252,6 +262,12 @@ def merged(row: Mapping[str, Mapping[str, Any] | None]) -> Iterator[tuple[list[s
     for (probe, level, text), nodes in agreeing.items():
         seconds = max(found["seconds"] for node in nodes if (found := row[node]))
         yield nodes, {"probe": probe, "level": level, "text": text, "seconds": seconds}
+
+
+def silent(lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
+    """Return the nodes that found less than others did, and the probe that was the last of each."""
+    most = max(map(len, lines.values()), default=0)
+    return {node: found[-1]["probe"] if found else "its start" for node, found in lines.items() if len(found) < most}
 
 
 def judge_clocks(bounds: Mapping[str, tuple[float, float]]) -> Finding:
