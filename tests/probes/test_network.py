@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.probes.looking import SHM, probe
+from tests.probes.looking import SHM, look, probe
 
 pytestmark = pytest.mark.cluster
 
@@ -54,3 +54,27 @@ def test_a_torch_that_does_not_load_says_why(tmp_path: Path) -> None:
     found = probe("gloo group", PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     assert found.level == "problem" and "ImportError: no libtorch here" in found.text
     assert found.left == []
+
+
+PULL = """
+from gemini_hpc.arena import Arena, Geometry, Record, State
+from gemini_hpc.core.messages import Copied, Hello, Sealed
+from gemini_hpc.runtime.channel import Channel
+
+def look(case):
+    arena = Arena.create(case.shared("n2.arena"), Geometry(2, 4096), case.id)
+    arena.write_record(1, 0, Record(State.SEALED, 0, 1, 1, 4096, 7))
+    line = network.HostLine(case.shared("n2.sock"), lambda: None)
+    host = Channel.connect(case.shared("n2.sock"))
+    host.send(Hello("n2", "host", os.getpid(), 1))
+    line.open()
+    host.send(Copied("n2", 1, 0, 1, "n1", 1, 0, 4096, 7, True, "", 0.5))
+    seconds = line.pull(arena, "n2", "n1", 3, Sealed("n1", 1, 0, 1, 0, 4096, 7))
+    order = host.receive()
+    return ok(f"{seconds} {arena.record(1, 0).state.name} {order.source} {order.target} {order.checksum}")
+"""
+
+
+def test_every_pull_is_a_read() -> None:
+    """A host leaves alone what it has already, and would be as fast as a checksum."""
+    assert look(PULL).text == "0.5 FREE n1 3 7"

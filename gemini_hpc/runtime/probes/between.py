@@ -6,12 +6,13 @@ Each node calls the same function; the first of them speaks for all, the others 
 import fcntl
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
 from gemini_hpc.arena import ArenaError
-from gemini_hpc.core.messages import HostReady
+from gemini_hpc.core.messages import HostReady, Sealed
 from gemini_hpc.errors import GeminiError, UserError
 from gemini_hpc.runtime.allocation import world_step
 from gemini_hpc.runtime.probes.examine import Case, Finding, last_line, ok, problem, warning
@@ -187,8 +188,7 @@ class _World:
         self._line.hear(HostReady)
         start_s = time.monotonic() - began
         sealed = self._line.publish(self._arena, self._place.node)
-        what = {"step": sealed.step, "half": sealed.half, "nbytes": sealed.nbytes, "checksum": sealed.checksum}
-        self._place.tell("sealed", what)
+        self._place.tell("sealed", asdict(sealed))
         pulled = [self._place.hear("pulled", node) for node in self._place.others]
         speed = sealed.nbytes / median(s for times in pulled for s in times)
         found = (
@@ -201,10 +201,11 @@ class _World:
 
     def follow(self) -> Finding:
         self._line.open()
-        self._line.hear(HostReady)
-        place = self._place
-        sealed = place.hear("sealed", place.nodes[0])
-        place.tell("pulled", [self._line.pull(place.node, place.nodes[0], **sealed) for _ in range(PULLS)])
+        place, members = self._place, self._line.hear(HostReady).members
+        source = place.nodes[0]
+        sealed = Sealed(**place.hear("sealed", source))
+        pull = partial(self._line.pull, self._arena, place.node, source, members.index(source), sealed)
+        place.tell("pulled", [pull() for _ in range(PULLS)])
         return SILENT
 
     def _start(self, interface: str | None) -> None:

@@ -161,10 +161,14 @@ class HostLine:
         self.send(Written(node, 0))
         return self.hear(Sealed)
 
-    def pull(self, node: str, source: str, step: int, half: int, nbytes: int, checksum: int) -> float:
-        """Have this host, of `node`, pull a snapshot; return how long that took, in seconds. Raises GeminiError."""
-        what = (nbytes, checksum)
-        self.send(Pull(node, 1, 1, 0, step, source, 1, 0, OWN, half, 1, 0, *what, PULL_S))
+    def pull(self, arena: Arena, node: str, source: str, target: int, sealed: Sealed) -> float:
+        """Have this host, of `node`, pull a snapshot from `source`, which is MPI rank `target`; return the seconds.
+
+        Raises GeminiError.
+        """
+        what = (sealed.nbytes, sealed.checksum)
+        arena.write_record(1, 0, Record())  # what it has already, a host does not read again
+        self.send(Pull(node, 1, 1, 0, sealed.step, source, 1, target, OWN, sealed.half, 1, 0, *what, PULL_S))
         copied = self.hear(Copied)
         if not copied.ok:
             raise GeminiError(f"a pull from window to window failed ({copied.reason})")
@@ -190,7 +194,7 @@ class _World:
 
     def __init__(self, case: Case, arenas: list[Arena]) -> None:
         self._log = case.shared("windows.log")
-        self._source = arenas[0]
+        self._arenas = arenas
         sockets = [case.shared(f"{node}.sock") for node in NODES]
         self._lines = [HostLine(path, self._lost) for path in sockets]
         hosts = [HostSpec(n, a.path, s) for n, a, s in zip(NODES, arenas, sockets, strict=True)]
@@ -208,11 +212,11 @@ class _World:
             line.hear(HostReady)
 
     def publish(self) -> Sealed:
-        return self._lines[0].publish(self._source, NODES[0])
+        return self._lines[0].publish(self._arenas[0], NODES[0])
 
     def pull(self, sealed: Sealed) -> float:
         """Have the second node pull it; return how long that took, in seconds. Raises GeminiError."""
-        return self._lines[1].pull(NODES[1], NODES[0], sealed.step, sealed.half, sealed.nbytes, sealed.checksum)
+        return self._lines[1].pull(self._arenas[1], NODES[1], NODES[0], 0, sealed)
 
     def _lost(self) -> GeminiError | None:
         words = self._log.read_text(errors="replace").splitlines()
