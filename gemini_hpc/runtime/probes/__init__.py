@@ -2,6 +2,9 @@
 
 A probe is a name, a bound and a function (`examine.Probe`); `examine` runs it in a process of its own. `machine`,
 `storage` and `network` hold the functions, `rank` the worker-like process of one. None is imported by a run.
+
+On a Slurm site `nodes` submits and watches a job, and `job` is what runs there: the same functions, and those of
+`compute` and `between`.
 """
 
 from gemini_hpc.config import RunConfig
