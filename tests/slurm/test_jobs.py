@@ -67,6 +67,8 @@ def test_the_first_node_dies_and_the_others_finish_and_end_the_job(cluster: Slur
             assert run.paths.report.exists()
 
 
+@pytest.mark.faults
+@pytest.mark.long
 def test_the_first_node_dies_without_a_spare_and_the_job_goes_on_from_the_queue(
     cluster: SlurmCluster, tmp_path: Path
 ) -> None:
