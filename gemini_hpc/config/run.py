@@ -97,7 +97,7 @@ class RecoveryConfig(Section):
     heartbeat_s: float = Field(0.1, gt=0)
     """time between two heartbeats of an agent, seconds"""
     heartbeat_timeout_s: float = Field(1.2, gt=0)
-    """silence after which a node is evicted, seconds"""
+    """silence after which a node is suspected, seconds; `suspect_s` later it is evicted"""
     suspect_s: float = Field(0.5, gt=0)
     """how long soft evidence waits for a second witness, seconds"""
     leave_s: float = Field(5.0, gt=0)

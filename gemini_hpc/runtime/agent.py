@@ -26,6 +26,7 @@ from gemini_hpc.core.messages import (
     HostReady,
     Join,
     Lead,
+    Load,
     NodeDrains,
     NodeExited,
     NodeUp,
@@ -240,10 +241,10 @@ class Agent:
             role = self._account.role_of(order)
             if self._arena is not None:
                 self._arena.safe_step = self._account.safe_step
-            if isinstance(order, Join):  # from now on the own area is the worker's
+            if isinstance(order, Join):
                 self._archiving.end_loads()
-                if self._account.fetches:
-                    self._household.kill("host")
+            if isinstance(order, (Join, Load)) and self._account.fetches:  # now the own area is another's to write to
+                self._household.kill("host")
             if role == "archiver":
                 self._archiving.order(order)
             elif role:

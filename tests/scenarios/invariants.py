@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from gemini_hpc.core import messages as m
 from gemini_hpc.core.placement import holders
-from gemini_hpc.core.state import Cluster, Phase
+from gemini_hpc.core.state import Cluster, Phase, term_of
 from gemini_hpc.core.types import FRESH
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Invariants:
         """I4: an order is obeyed; in its generation nobody else's are, and afterwards none of an older one."""
         if not isinstance(order, (m.Join, m.Pull, m.Load, m.Safe, m.RestartWorker, m.Retire)):
             return
-        by = (node.seat.election.leader, node.seat.election.term)
+        by = (node.seat.election.leader, term_of(order.generation))  # it may have been elected again since it said so
         if self._obeyed.setdefault(order.generation, by) != by:
             raise Broken(f"I4: {node.name} obeys {by} in generation {order.generation}, which is another's")
         if isinstance(order, (m.RestartWorker, m.Retire)):

@@ -375,7 +375,7 @@ class Node:
         loads = [waiting for _, waiting in self.archiving if isinstance(waiting, m.Load)]
         if isinstance(order, m.Join) and loads:
             self._restart_archiver(loads)
-        if isinstance(order, m.Join) and self.account.fetches:
+        if isinstance(order, (m.Join, m.Load)) and self.account.fetches:
             self.end_host()
         if role == "worker" and self.worker is not None:
             assert isinstance(order, (m.Join, m.Abort))
