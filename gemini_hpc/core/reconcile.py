@@ -262,7 +262,7 @@ def _run(turn: Turn) -> None:
         turn.set(examined=cluster.copies)
         if advanced and _leave_draining(turn):
             return
-    _watch_hosts(turn)
+    _watch_replication(turn)
     checkpoints.persist(turn)
     _end_run(turn)
     if turn.cluster.phase is Phase.RUNNING and 0 <= cluster.trouble_since < turn.now - cluster.rules.suspect_s:
@@ -272,7 +272,7 @@ def _run(turn: Turn) -> None:
         turn.open_generation(f"no rank has done a step for {cluster.rules.progress_s:.0f} s (recovery.progress_s)")
 
 
-def _watch_hosts(turn: Turn) -> None:
+def _watch_replication(turn: Turn) -> None:
     """Nothing became safe for long: then checkpoints protect what replicas do not.
 
     The cause may be a window host that does not seal what was written, and nobody may be there to read from it.

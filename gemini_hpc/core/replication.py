@@ -58,10 +58,9 @@ def newest_safe(cluster: Cluster) -> int:
 def hindrances(cluster: Cluster) -> list[str]:
     """Name what keeps the newest snapshots from their holders: hosts that are not there, else reads that fail."""
     world = cluster.world
-    active = cluster.ranks.values()
-    absent = [node for node in active if world.state != "ready" or cluster.members[node].host_world != world.number]
-    if absent and (world.state == "ready" or len(absent) < len(active)):
-        return [f"no window host on {node}" for node in absent]
     if world.state != "ready":
         return [f"MPI world {world.number} of the window hosts does not start ({world.failures} failures in a row)"]
+    absent = [node for node in cluster.ranks.values() if cluster.members[node].host_world != world.number]
+    if absent:
+        return [f"no window host on {node}" for node in absent]
     return [f"{want.holder} to read rank {want.rank} from {want.source}" for want in missing(cluster)]
