@@ -26,7 +26,7 @@ AGREED = {
     "memory charge": r"^not known whether /dev/shm counts as memory of the job",
     "interface": r"^ib0 \(of the default route\) is up, .*; no RDMA device behind it; window hosts use TCP over it",
     "locking": r"^flock and exclusive files of n\d are seen by n\d; a file and its answer take \d+ ms",
-    "MPI world": r"^2 window hosts up in \d+\.\d\d s by srun --mpi=pmi2 .* Rget, verified, .*; TCP over ib0$",
+    "MPI world": r"^2 window hosts by srun --mpi=pmi2 up in \d+\.\d\d s .* Rget, verified, .*; TCP over ib0$",
     "clocks": r"^against the login node: n\d [+-]\d+ ms, n\d [+-]\d+ ms, each known to \d+ ms",
     "no-kill": r"^sbatch and srun take --no-kill; whether it is honoured Slurm does not tell",
 }

@@ -17,7 +17,7 @@ from gemini_hpc.errors import GeminiError, UserError
 from gemini_hpc.runtime.allocation import world_step
 from gemini_hpc.runtime.probes.examine import Case, Finding, last_line, ok, problem, warning
 from gemini_hpc.runtime.probes.folder import Folder
-from gemini_hpc.runtime.probes.network import PULLS, HostLine, interfaces, small_arena
+from gemini_hpc.runtime.probes.network import PULLS, HostLine, interfaces, judge_world, small_arena
 from gemini_hpc.runtime.probes.storage import NOT_TRIED
 from gemini_hpc.slurm.control import SlurmJob
 from gemini_hpc.windows import HostSpec, network_interface
@@ -191,13 +191,8 @@ class _World:
         self._place.tell("sealed", asdict(sealed))
         pulled = [self._place.hear("pulled", node) for node in self._place.others]
         speed = sealed.nbytes / median(s for times in pulled for s in times)
-        found = (
-            f"{len(nodes)} window hosts up in {start_s:.2f} s by srun --mpi=pmi2 (world_s {recovery.world_s:g}); "
-            f"{sealed.nbytes / 1e6:.0f} MB by Rget, verified, at {speed / 1e6:.0f} MB/s; TCP over {interface}"
-        )
-        if start_s > recovery.world_s / 2:
-            return warning(f"{found}: set recovery.world_s={4 * start_s:.0f}")
-        return ok(found)
+        hosts, over = f"{len(nodes)} window hosts by srun --mpi=pmi2", f"TCP over {interface}"
+        return judge_world(hosts, start_s, recovery.world_s, sealed.nbytes, speed, over)
 
     def follow(self) -> Finding:
         self._line.open()
