@@ -8,7 +8,7 @@ network; only the rates of the clocks matter, not what they show.
 The voters are the nodes of the start. One that is only silent counts. One that the cluster says is gone (its process
 has exited, Slurm says DOWN) no longer does, so that two nodes, or the last one, can go on; but it does for one more
 lease, in which another leader may still live on its answer (unless nobody else is left who could lead). A node that
-comes back does not vote.
+comes back does not vote, until the cluster says that all who did are gone: then it names those who are there.
 
 Terms and votes keep the peace: they choose whom the others answer. The terms are dealt out to the nodes in turn, so
 that no two of them ever lead in the same one. A voter that follows a living leader votes for nobody, and an agent
@@ -19,7 +19,18 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
-from gemini_hpc.core.messages import Command, Deposed, Event, Heartbeat, Lead, NodeExited, RequestVote, Tick, Vote
+from gemini_hpc.core.messages import (
+    Command,
+    Deposed,
+    Event,
+    Heartbeat,
+    Lead,
+    NodeExited,
+    RequestVote,
+    Tick,
+    Vote,
+    Voters,
+)
 from gemini_hpc.core.types import changed
 
 PATIENCE = 2
@@ -37,7 +48,7 @@ class Election:
     """What one agent knows of who leads. Times in seconds of its own monotonic clock."""
 
     node: str
-    voters: tuple[str, ...]  # of the start, in order of preference; of nobody, where this node has no vote
+    voters: tuple[str, ...]  # in order of preference; of nobody, where this node has no vote
     peers: tuple[str, ...]  # all nodes: whom a leader tells that it leads
     beat_s: float
     lease_s: float
@@ -47,6 +58,7 @@ class Election:
     heard: float = -1.0  # when the leader last spoke
     promised: float = -1.0  # until when it answers no other leader: the one before may live on its last answer
     dead: Mapping[str, float] = field(default_factory=dict)  # the cluster says so: since when
+    named: int = 0  # how often the cluster had named voters, when it named these
     ballot: int = 0  # the term for which it stands; 0 = it does not
     voted: int = 0  # the newest term for which it voted
     votes: frozenset[str] = frozenset()  # for this node, in that term
@@ -124,9 +136,8 @@ def _stand(election: Election, now: float) -> Step:
 
 
 def _next_term(election: Election, term: int) -> int:
-    """Return the first after `term` that belongs to this node: terms 1, n + 1, ... to the first of n voters."""
-    size = len(election.voters)
-    return term + 1 + (election.voters.index(election.node) - term) % size
+    """Return the first after `term` that belongs to this node: terms 1, n + 1, ... to the first of n nodes."""
+    return term + 1 + (election.peers.index(election.node) - term) % len(election.peers)
 
 
 def _count(election: Election, now: float) -> Step:
@@ -195,10 +206,20 @@ def _without_leader(election: Election, term: int) -> Election:
 
 
 def _on_node_exited(election: Election, now: float, event: NodeExited) -> Step:
+    if event.number < election.named:
+        return election, []  # of its life before
     election = changed(election, dead={event.node: now, **election.dead})
     if event.node == election.leader:
         election = changed(election, free_since=now)
     return _count(election, now) if election.ballot else (election, [])  # a majority of fewer
+
+
+def _on_voters(election: Election, now: float, event: Voters) -> Step:
+    """No lease and no promise is left of those who voted before."""
+    if event.number <= election.named or election.node not in event.voters:
+        return election, []
+    known: dict[str, Any] = {"term": max(event.term, election.term), "leader": "", "promised": -1.0, "dead": {}}
+    return changed(election, voters=event.voters, named=event.number, **known, free_since=now), []
 
 
 _HANDLERS: dict[type[Event | Command], Any] = {
@@ -209,4 +230,5 @@ _HANDLERS: dict[type[Event | Command], Any] = {
     Heartbeat: _on_heartbeat,
     Deposed: _on_deposed,
     NodeExited: _on_node_exited,
+    Voters: _on_voters,
 }

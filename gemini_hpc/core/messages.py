@@ -215,9 +215,25 @@ class Disconnected(Event):
 
 @dataclass(frozen=True)
 class NodeExited(Event):
-    """The cluster (parent process, or Slurm) says that the node's agent is gone. Hard evidence."""
+    """The cluster (parent process, or Slurm) says that the node's agent is gone. Hard evidence.
+
+    `number` is that of the newest Voters before it.
+    """
 
     reason: str
+    number: int = 0
+
+
+@dataclass(frozen=True)
+class Voters(Event):
+    """The cluster says that none of those who voted is left, and names those who vote from now on; `node` is empty.
+
+    `number`: how often it has done so. `term`: the newest in which anybody led, as far as it knows.
+    """
+
+    voters: tuple[str, ...]
+    number: int
+    term: int
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,8 @@ class Seat:
             gone = [node for node, (since, _) in self._absent.items() if since < heard]
             self._unheard.extend(event for node, (_, event) in self._absent.items() if node not in gone)
             due = self._due(now, first=heard < 0)
-            self.cluster = new_cluster(self._rules, now, self._term, due, gone, self._silent(before))
+            voters = self.election.present()
+            self.cluster = new_cluster(self._rules, now, self._term, due, voters, gone, self._silent(before))
             return True
         if not self.election.leads and self.cluster is not None:
             self._forget()

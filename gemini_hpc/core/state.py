@@ -1,6 +1,6 @@
 """What the coordinator knows. Frozen: `coordinator.step` returns a new one."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
@@ -67,7 +67,7 @@ class Member:
     snapshot_bytes: int = 0  # > 0: its arena exists
     host_world: int = 0  # the MPI world in which its window host is ready
     restarts: int = 0
-    votes: bool = True  # it has been there since the start
+    votes: bool = True  # it can elect another coordinator
     deaf: bool = False  # it could not read a snapshot that it was to restore
     drains: bool = False  # Slurm wants to take it away
     failed_writes: int = 0  # to the persistent tier, in a row
@@ -220,15 +220,21 @@ def new_cluster(
     now: float,
     term: int = 1,
     due: Mapping[str, float] | None = None,
+    voters: Collection[str] | None = None,
     absent: Iterable[str] = (),
     silent: str = "",
 ) -> Cluster:
     """Return the state of a new coordinator, to which nobody has reported yet.
 
-    `due`: by when each node has to; `absent`: nodes known to be gone; `silent`: one that is suspected from the start.
+    `due`: by when each node has to; `voters`: those that can elect another (by default all); `absent`: nodes known to
+    be gone; `silent`: one that is suspected from the start.
     """
     due = due or dict.fromkeys(rules.nodes, now + rules.build_s)
-    members = {node: Member(node, node not in absent, due[node], worker_since=now) for node in rules.nodes}
+    voters = rules.nodes if voters is None else voters
+    members = {
+        node: Member(node, node not in absent, due[node], worker_since=now, votes=node in voters)
+        for node in rules.nodes
+    }
     if silent:
         members[silent] = changed(members[silent], evidence={"heartbeat": now})
     before = (term - 1) * NUMBERS_OF_A_TERM

@@ -36,6 +36,7 @@ from gemini_hpc.core.messages import (
     Sealed,
     Stepped,
     Suspend,
+    Voters,
     WorkerLost,
     WorkerReady,
     WorldFailed,
@@ -197,7 +198,7 @@ class Agent:
 
     def _read_cluster(self) -> None:
         while (message := self._cluster.receive()) is not None:
-            if isinstance(message, (NodeUp, NodeExited, NodeDrains, WorldFailed, Suspend)):
+            if isinstance(message, (NodeUp, NodeExited, NodeDrains, Voters, WorldFailed, Suspend)):
                 self._role.hear(message)
             elif isinstance(message, Finish):
                 self._events.emit("run", state=message.state, reason=message.reason)

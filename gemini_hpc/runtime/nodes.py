@@ -16,7 +16,7 @@ import zmq
 
 from gemini_hpc.config import RunConfig
 from gemini_hpc.core.codec import Message
-from gemini_hpc.core.messages import Finish, Lead, NodeExited, NodeUp, Retire, StartWorld, Suspend, WorldFailed
+from gemini_hpc.core.messages import Finish, Lead, NodeExited, NodeUp, Retire, StartWorld, Suspend, Voters, WorldFailed
 from gemini_hpc.runtime.children import DYING_WITH_US, NOT_WAITED_FOR, Child, open_log, python
 from gemini_hpc.runtime.cluster import CLUSTER, LOOPBACK, NODES, RETURNED, nodes_of, own_address
 from gemini_hpc.runtime.living import note_job
@@ -55,7 +55,9 @@ class Nodes(ABC):
         self._alive: set[str] = set()  # nodes whose agents were started, and have not been lost
         self._up: dict[str, NodeUp] = {}
         self._exited: dict[str, NodeExited] = {}
-        self._voters = set(self._names)  # have never been lost
+        self._return_at: dict[str, float] = {}  # when a lost node comes back, if it does
+        self._voters = set(self._names)  # those among whom the agents elect, without the lost ones
+        self._namings = 0  # how often other voters were named
         self._leader = ""
         self._term = 0
         self._suspend: Suspend | None = None
@@ -82,8 +84,8 @@ class Nodes(ABC):
         if self._suspend is not None and time.monotonic() - self._said_suspend > SUSPEND_S:
             self._said_suspend = time.monotonic()
             self._tell_all(self._suspend)
-        if not self._voters:  # nodes that came back cannot coordinate
-            return Finish("", "suspended", "no node of the start is left; go on from the newest checkpoint")
+        if not self._alive and not self._return_at:
+            return Finish("", "suspended", "no node is left; go on from the newest checkpoint")
         return None
 
     def suspend(self, reason: str) -> None:
@@ -121,8 +123,16 @@ class Nodes(ABC):
         self._up.pop(node, None)
         self._alive.discard(node)
         self._voters.discard(node)
-        self._exited[node] = NodeExited(node, "its agent is gone")
+        self._exited[node] = NodeExited(node, "its agent is gone", self._namings)
         self._tell_all(self._exited[node])
+        self._name_voters()
+
+    def _name_voters(self) -> None:
+        """Have those elect who are there, once nobody is left who could."""
+        if not self._voters and self._up:
+            self._voters = set(self._up)
+            self._namings += 1
+            self._tell_all(Voters("", tuple(n for n in self._names if n in self._up), self._namings, self._term))
 
     def _ended_agents(self) -> list[str]:
         ended = [node for node, child in self._agents.items() if wait_exit(child.pidfd, 0.0)]
@@ -139,6 +149,7 @@ class Nodes(ABC):
             self._exited.pop(message.node, None)
             self._up[message.node] = message
             self._tell_all(message)
+            self._name_voters()
         elif isinstance(message, Lead) and message.term > self._term:
             self._leader, self._term = sender, message.term
 
@@ -151,7 +162,6 @@ class VirtualNodes(Nodes):
     """The embedded cluster: nodes are child processes, and MPI worlds are launched here."""
 
     def __init__(self, paths: RunPaths, run: RunConfig) -> None:
-        self._return_at: dict[str, float] = {}  # when a lost node comes back
         self._world: subprocess.Popen[bytes] | None = None
         self._world_number = 0
         self._windows_log = open_log(paths.logs / "windows.log")

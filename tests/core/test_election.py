@@ -20,6 +20,7 @@ from gemini_hpc.core.messages import (
     RequestVote,
     Tick,
     Vote,
+    Voters,
 )
 
 BEAT_S, LEASE_S = 0.1, 1.2
@@ -362,3 +363,33 @@ def test_the_answer_of_a_node_that_came_back_makes_no_majority() -> None:
     agents.die("n1", seen_by=())
     agents.run(LEASE_S + 2 * BEAT_S)
     assert agents.acting() == []
+
+
+def test_the_cluster_names_other_voters_once_none_of_the_former_is_left() -> None:
+    agents = Agents(3, returned=["n1", "n2"])
+    agents.run(1.0)
+    agents.die("n0")
+    agents.run(5 * LEASE_S)
+    assert agents.acting() == []
+    for name in ("n1", "n2"):
+        agents.give(name, "", Voters("", ("n1", "n2"), 1, agents.of["n0"].term))
+    agents.run(2 * BEAT_S)
+    assert agents.acting() == ["n1"]
+    assert agents.of["n1"].term == agents.of["n2"].term == 2
+    for late in (NodeExited("n1", "of its life before"), Voters("", ("n2",), 1, 1)):
+        agents.give("n2", "", late)
+    agents.run(5 * LEASE_S)
+    assert agents.acting() == ["n1"] and agents.of["n2"].dead == {}
+    agents.die("n1", seen_by=())
+    agents.give("n2", "", NodeExited("n1", "its agent is gone", 1))
+    agents.run(2 * BEAT_S)
+    assert agents.acting() == ["n2"]
+
+
+def test_whoever_is_not_named_does_not_vote() -> None:
+    agents = Agents(3, returned=["n1", "n2"])
+    agents.die("n0")
+    agents.give("n1", "", Voters("", ("n1",), 1, 0))
+    agents.give("n2", "", Voters("", ("n1",), 1, 0))
+    agents.run(2 * BEAT_S)
+    assert agents.acting() == ["n1"] and agents.of["n2"].voters == ()

@@ -95,6 +95,8 @@ class Simulation:
         # the cluster's own
         self._up: dict[str, m.NodeUp] = {}
         self._exited: dict[str, m.NodeExited] = {}
+        self._voters, self._namings = set(self.rules.nodes), 0
+        self._returning = 0  # nodes that are lost and will be back
         self._leader, self._term = "", 0
         self._known = new_cluster(self.rules, 0.0)
         self._world = 0
@@ -244,6 +246,7 @@ class Simulation:
             self._exited.pop(sender, None)
             self._up[sender] = message
             self._tell_all(message)
+            self._name_voters()
         elif isinstance(message, m.Lead) and message.term > self._term:
             self._leader, self._term = sender, message.term
         elif isinstance(message, m.StartWorld) and sender == self._leader:
@@ -284,7 +287,7 @@ class Simulation:
         last_words = self.network.quiet_at((node.name, CLUSTER)) - self.now
         if seen:
             self.after(max(self.some(self.exit_s), last_words), self._exit, node)
-        if not self._voters():
+        if not any(other.up for other in self.nodes.values()):
             self.after(max(10 * self.exit_s, last_words), self._all_gone)
 
     def _disconnected(self, node: Node, lost: str) -> None:
@@ -293,20 +296,27 @@ class Simulation:
 
     def _exit(self, node: Node) -> None:
         self._up.pop(node.name, None)
-        self._exited[node.name] = m.NodeExited(node.name, "its agent is gone")
+        self._voters.discard(node.name)
+        self._exited[node.name] = m.NodeExited(node.name, "its agent is gone", self._namings)
         self._tell_all(self._exited[node.name])
+        self._name_voters()
         if self.return_s is not None:
+            self._returning += 1
             self.after(self.some(self.return_s), self._come_back, node)
 
-    def _all_gone(self) -> None:
-        """Nodes that came back have no vote: without any other nobody will ever lead."""
-        if not self.outcome:
-            self.end("failed", "no node is left that could lead")
+    def _name_voters(self) -> None:
+        if not self._voters and self._up:
+            self._voters = set(self._up)
+            self._namings += 1
+            voters = tuple(name for name in self.rules.nodes if name in self._up)
+            self._tell_all(m.Voters("", voters, self._namings, self._term))
 
-    def _voters(self) -> list[Node]:
-        return [node for node in self.nodes.values() if node.up and node.life == 0]
+    def _all_gone(self) -> None:
+        if not self.outcome and not self._returning and not any(node.up for node in self.nodes.values()):
+            self.end("failed", "no node is left")
 
     def _come_back(self, node: Node) -> None:
+        self._returning -= 1
         if not self.outcome:
             self.nodes[node.name] = Node(self, node.name, node.life + 1)
 

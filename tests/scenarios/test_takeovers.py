@@ -350,13 +350,36 @@ def test_a_node_that_comes_back_is_a_spare_under_any_coordinator() -> None:
     assert all(node.life == 1 for name, node in cluster.nodes.items() if name in ("n0", "n1", "n3"))
 
 
-def test_when_the_last_node_with_a_vote_is_gone_nobody_waits_for_ever() -> None:
-    cluster = Simulation(rules(total_steps=2000), prepare=lambda sim: setattr(sim, "return_s", 0.5))
+def test_when_all_who_voted_are_gone_those_vote_who_came_back() -> None:
+    """And again, when all of these are gone; nothing that was safe is ever lost."""
+    cluster = Simulation(rules(total_steps=2000, persist_every=2000), prepare=lambda sim: setattr(sim, "return_s", 0.5))
     cluster.run(lambda c: c.running() and c.cluster.safe_step >= 3)
+    for life in (1, 2, 3):
+        for name in cluster.rules.nodes:
+            safe = cluster.cluster.safe_step
+            cluster.kill_node(name)
+            cluster.run(lambda c, name=name: c.nodes[name].life == life and c.running() and not c.cluster.exposed)
+            assert cluster.said("plan")[-1]["step"] >= safe
+            assert sum(node.seat.cluster is not None for node in cluster.nodes.values()) == 1
+    assert max(node.seat.election.named for node in cluster.nodes.values()) >= 3
+    assert not cluster.said("persisted")
+
+
+def test_when_all_nodes_are_gone_at_once_those_that_come_back_go_on_from_the_newest_checkpoint() -> None:
+    cluster = Simulation(rules(total_steps=200), prepare=lambda sim: setattr(sim, "return_s", 0.5))
+    cluster.run(lambda c: bool(c.said("persisted")))
     for name in cluster.rules.nodes:
         cluster.kill_node(name)
-        cluster.run(lambda c, name=name: c.over() or (c.nodes[name].life == 1 and c.running()))
-    assert (cluster.outcome, cluster.reason) == ("failed", "no node is left that could lead")
+    finish(cluster, 200)
+    assert [said["step"] for said in cluster.said("plan")] == [-1, 10]
+
+
+def test_when_nobody_comes_back_the_run_is_over() -> None:
+    cluster = started()
+    for name in cluster.rules.nodes:
+        cluster.kill_node(name)
+    cluster.run(Simulation.over)
+    assert (cluster.outcome, cluster.reason) == ("failed", "no node is left")
 
 
 def test_a_file_system_that_hangs_does_not_hold_up_a_takeover() -> None:
