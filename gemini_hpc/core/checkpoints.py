@@ -4,6 +4,7 @@ from collections.abc import Collection
 
 from gemini_hpc.core.messages import Persist
 from gemini_hpc.core.recovery import newest_complete
+from gemini_hpc.core.state import Phase, next_persist
 from gemini_hpc.core.turn import Turn
 from gemini_hpc.core.types import FRESH
 
@@ -50,12 +51,10 @@ def save(turn: Turn) -> None:
     cluster = turn.cluster
     if cluster.persisting == FRESH:
         newest = cluster.published
-        turn.finish(
-            cluster.stops_as, f"{cluster.stopping}; the newest checkpoint is {newest.step if newest else 'none'}"
-        )
+        _end_saving(turn, f"the newest checkpoint is {newest.step if newest else 'none'}")
         return
     if turn.in_phase_for() > cluster.rules.finish_s:
-        turn.finish(cluster.stops_as, f"{cluster.stopping}; step {cluster.persisting} could not be saved in time")
+        _end_saving(turn, f"step {cluster.persisting} could not be saved in time")
         return
     again = turn.now - cluster.asked > AGAIN_S
     if len(cluster.files) == cluster.rules.world_size:
@@ -72,14 +71,24 @@ def save(turn: Turn) -> None:
             turn.save_newest()
             turn.note("persist_failed", step=cluster.persisting, rank=rank, reason="nobody has it any more")
             if turn.cluster.persisting == FRESH:
-                lost = f"rank {rank} of step {cluster.persisting} could not be saved"
-                turn.finish(cluster.stops_as, f"{cluster.stopping}; {lost}")
+                _end_saving(turn, f"rank {rank} of step {cluster.persisting} could not be saved")
             return
         node = _saver(turn, rank, places)
         copy = places[node]
         turn.order(Persist(node, rank, cluster.persisting, copy.area, copy.half, copy.nbytes, copy.checksum))
         sums = {**turn.cluster.persist_sums, rank: copy.checksum}
         turn.set(savers={**turn.cluster.savers, rank: node}, persist_sums=sums)
+
+
+def _end_saving(turn: Turn, how: str) -> None:
+    """End the run, or go on from the newest checkpoint; never quietly from the beginning."""
+    cluster = turn.cluster
+    if cluster.stops_as or cluster.published is None:
+        turn.finish(cluster.stops_as or "stopped", f"{cluster.stopping}; {how}")
+        return
+    following = next_persist(cluster.rules, cluster.published.step)
+    turn.set(copies={}, plan=None, trouble_since=-1.0, persisting=FRESH, files={}, next_persist=following)
+    turn.enter(Phase.FORMING)
 
 
 def _saver(turn: Turn, rank: int, places: Collection[str]) -> str:

@@ -344,6 +344,8 @@ def _on_host_ready(turn: Turn, event: HostReady) -> None:
     members = turn.cluster.members
     if all(members[n].host_world == world.number for n in world.members if members[n].alive):
         turn.set(world=changed(world, state="ready", since=turn.now, failures=0))
+        for node in world.members:
+            turn.set_member(node, blamed=0)
         turn.note("world", number=world.number, state="ready", reason="")
 
 

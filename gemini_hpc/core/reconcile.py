@@ -5,12 +5,15 @@ from typing import Any
 
 from gemini_hpc.core import checkpoints, recovery, replication
 from gemini_hpc.core.messages import Join, Load, Pull, StartWorld
-from gemini_hpc.core.state import Missing, Phase, Source, Worker, World
+from gemini_hpc.core.state import Member, Missing, Phase, Source, Worker, World
 from gemini_hpc.core.turn import Turn
 from gemini_hpc.core.types import FRESH, changed
 
 WORLD_REST_S = 30.0
 """The longest pause between two attempts to start an MPI world that does not start."""
+
+WORLD_TRIES = 3
+"""So many attempts with all nodes; from then on one of them is left out, another each time."""
 
 
 def reconcile(turn: Turn) -> None:
@@ -37,11 +40,11 @@ def _keep_world(turn: Turn) -> None:
         if turn.now - turn.cluster.pull_since[holder] > rules.fetch_s + rules.suspect_s:
             turn.note("host_lost", target=holder, reason="it does not answer")
             turn.shun_host(holder)
+    if turn.cluster.world.state == "ready":
+        _judge_hostless(turn)
     world = turn.cluster.world
-    if world.state == "starting":
-        return
-    hosts = [m for m in turn.cluster.members.values() if m.alive and m.snapshot_bytes]
-    if not hosts:
+    hosts = [m for m in turn.alive if m.snapshot_bytes and not m.hostless]
+    if world.state == "starting" or not hosts:
         return
     if world.state == "none" and any(not m.snapshot_bytes for m in turn.alive):
         return  # at the start, one world for all rather than one for each that comes
@@ -60,10 +63,32 @@ def _keep_world(turn: Turn) -> None:
     if world.state == "lost" and turn.now - world.since < rest_s:
         return
     number = turn.cluster.worlds + 1
-    nodes = tuple(m.node for m in hosts)
-    turn.set(worlds=number, pulls={}, world=World(number, nodes, "starting", turn.now, world.failures))
+    left_out = _left_out(world.failures, hosts)
+    nodes = tuple(m.node for m in hosts if m.node != left_out)
+    turn.set(worlds=number, pulls={}, world=World(number, nodes, "starting", turn.now, world.failures, left_out))
     turn.order(StartWorld("", number, nodes))
-    turn.note("world", number=number, state="started", reason="")
+    turn.note("world", number=number, state="started", reason=f"without {left_out}" if left_out else "")
+
+
+def _judge_hostless(turn: Turn) -> None:
+    """The world started: whoever was left out of it was to blame; it gets another chance where it cannot be spared."""
+    cluster, world = turn.cluster, turn.cluster.world
+    if world.left_out:
+        turn.set_member(world.left_out, hostless=True)
+        turn.note("no_host", target=world.left_out, reason="MPI worlds start without it, and did not with it")
+        turn.set(world=changed(world, left_out=""))
+    elif turn.now - world.since > WORLD_REST_S:
+        for node in cluster.ranks.values():
+            if cluster.members[node].hostless and not recovery.has_substitute(cluster, node):
+                turn.set_member(node, hostless=False)
+
+
+def _left_out(failures: int, hosts: list[Member]) -> str:
+    """Choose whom to leave out of an MPI world after so many that did not start, the likeliest first; "" = nobody."""
+    turns = failures - WORLD_TRIES
+    if turns < 0 or len(hosts) == 1:
+        return ""
+    return sorted(hosts, key=lambda m: -m.blamed)[turns % len(hosts)].node
 
 
 def _form(turn: Turn) -> None:
@@ -92,6 +117,10 @@ def _form(turn: Turn) -> None:
         reason = f"no node is left for every rank (the last was lost because {cluster.last_loss})"
         turn.save_and_stop(reason, "stopped" if cluster.worker_to_blame else "suspended")
         return
+    newest, _ = recovery.newest_complete(cluster.copies, cluster.rules.world_size)
+    if newest > plan.step:
+        turn.save_first(f"step {newest} lies in memory, but not where all can read it")
+        return
     generation = cluster.generation + 1
     turn.note(
         "plan",
@@ -117,6 +146,7 @@ def _form(turn: Turn) -> None:
         loading=frozenset(),
         misses={},
         safe_step=FRESH,
+        moved_at=FRESH,
         exposed=True,
         lags=False,
         fruitless=cluster.fruitless + 1,
@@ -142,11 +172,7 @@ def _gather(turn: Turn) -> None:
             turn.set_member(deaf, deaf=True)
             turn.replace(deaf, f"{deaf} could not read rank {missing[0]}; another takes its place")
             return
-        if cluster.published is None:  # rather than quietly from the beginning
-            turn.save_and_stop(f"nobody could give rank {missing[0]} within {cluster.rules.gather_s:.0f} s")
-            return
-        turn.set(copies={key: places for key, places in cluster.copies.items() if key[0] not in missing})
-        turn.open_generation(f"nobody could give rank {missing[0]} within {cluster.rules.gather_s:.0f} s")
+        turn.save_first(f"nobody could give rank {missing[0]} within {cluster.rules.gather_s:.0f} s")
         return
     for node in plan.ranks.values():
         member = turn.cluster.members[node]
@@ -258,10 +284,10 @@ def _run(turn: Turn) -> None:
     for want in cluster.missing:
         _pull(turn, want)
     if news:
-        advanced = _advance_safe(turn)
+        _advance_safe(turn)
         turn.set(examined=cluster.copies)
-        if advanced and _leave_draining(turn):
-            return
+    if _leave_nodes(turn):
+        return
     _watch_replication(turn)
     checkpoints.persist(turn)
     _end_run(turn)
@@ -293,27 +319,31 @@ def _watch_replication(turn: Turn) -> None:
             turn.shun_host(node)
 
 
-def _leave_draining(turn: Turn) -> bool:
-    """Move a rank off a node that Slurm drains, now that a step is safe: nothing is lost, and no death waited for."""
+def _leave_nodes(turn: Turn) -> bool:
+    """Move a rank off a node that should not have one, once a step is safe: nothing is lost, and no death waited for."""
     cluster = turn.cluster
+    if cluster.safe_step == cluster.moved_at:
+        return False
+    turn.set(moved_at=cluster.safe_step)
     for node in cluster.ranks.values():
-        if cluster.members[node].drains and recovery.has_substitute(cluster, node):
-            turn.replace(node, f"Slurm drains {node}; another takes its place")
+        member = cluster.members[node]
+        if (member.drains or member.hostless) and recovery.has_substitute(cluster, node):
+            why = f"Slurm drains {node}" if member.drains else f"no window host starts on {node}"
+            turn.replace(node, f"{why}; another takes its place")
             return True
     return False
 
 
-def _advance_safe(turn: Turn) -> bool:
+def _advance_safe(turn: Turn) -> None:
     newest = replication.newest_safe(turn.cluster)
     if newest <= turn.cluster.safe_step:
-        return False
+        return
     # older copies are not forgotten until others take their places: perhaps some owner has overwritten its newer one
     turn.make_safe(newest)
     turn.note("safe", step=newest, generation=turn.cluster.generation)
     if turn.cluster.exposed:
         turn.set(exposed=False, lags=False)
         turn.note("protected", step=newest, generation=turn.cluster.generation)
-    return True
 
 
 def _end_run(turn: Turn) -> None:

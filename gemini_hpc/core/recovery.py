@@ -11,12 +11,13 @@ def plan(cluster: Cluster) -> Plan | None:
     ranks = assign(cluster)
     if ranks is None:
         return None
-    step, origin = newest_complete(cluster.copies, cluster.rules.world_size)
+    copies = _readable(cluster, ranks)
+    step, origin = newest_complete(copies, cluster.rules.world_size)
     published = cluster.published.step if cluster.published else FRESH
     if step > FRESH and step >= published:
         sources = {}
         for rank, node in ranks.items():
-            sources[rank] = _memory_source(_of_origin(cluster.copies[rank, step], origin), node)
+            sources[rank] = _memory_source(_of_origin(copies[rank, step], origin), node)
         reason = f"step {step} is the newest with a verified snapshot of every rank in memory"
         return Plan(step, origin, ranks, sources, reason)
     if published > FRESH:
@@ -95,6 +96,19 @@ def of_one_history(copies: Copies, step: int, origin: int) -> dict[tuple[int, in
         elif at_step < step:
             kept[rank, at_step] = places
     return {key: places for key, places in kept.items() if places}
+
+
+def _readable(cluster: Cluster, ranks: Mapping[int, str]) -> Copies:
+    """Return the copies that whoever takes a rank can get at: without a window host its own alone."""
+
+    def can_read(taker: str, place: str, copy: Copy) -> bool:
+        at_home = place == taker and copy.area == 0
+        return at_home or not (cluster.members[taker].hostless or cluster.members[place].hostless)
+
+    return {
+        (rank, step): {place: copy for place, copy in places.items() if can_read(ranks[rank], place, copy)}
+        for (rank, step), places in cluster.copies.items()
+    }
 
 
 def _of_origin(places: Mapping[str, Copy], origin: int) -> dict[str, Copy]:

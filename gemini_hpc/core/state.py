@@ -44,7 +44,7 @@ class Phase(StrEnum):
     GATHERING = "gathering"  # planned: survivors leave, new members fetch
     JOINING = "joining"  # everybody was told to join
     RUNNING = "running"
-    SAVING = "saving"  # out of spares: the newest step goes to the persistent tier before the end
+    SAVING = "saving"  # the newest step goes to the persistent tier, before the end or because others cannot read it
     FINISHED = "finished"
 
 
@@ -66,6 +66,8 @@ class Member:
     rank: int = -1  # as which rank
     snapshot_bytes: int = 0  # > 0: its arena exists
     host_world: int = 0  # the MPI world in which its window host is ready
+    blamed: int = 0  # MPI worlds in a row that were lost at their start, and its window host was the first to go
+    hostless: bool = False  # the MPI world starts without it, and did not start with it
     restarts: int = 0
     votes: bool = True  # it can elect another coordinator
     deaf: bool = False  # it could not read a snapshot that it was to restore
@@ -75,7 +77,7 @@ class Member:
     @property
     def last_choice(self) -> bool:
         """Whether any other node is to be preferred for a rank."""
-        return self.deaf or self.drains
+        return self.deaf or self.drains or self.hostless
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ class World:
     state: str = "none"  # none | starting | ready | lost
     since: float = 0.0
     failures: int = 0  # in a row
+    left_out: str = ""  # the node that is not in it, to see whether it is to blame for these
     without_since: float = -1.0  # since when it is ready but some living node has no host in it
 
 
@@ -177,6 +180,7 @@ class Cluster:
     misses: Mapping[tuple[int, int, str], int] = field(default_factory=dict)  # (rank, step, source) -> failed reads
     loading: frozenset[int] = frozenset()  # ranks that were told to Load
     safe_step: int = FRESH
+    moved_at: int = FRESH  # the safe step at which it was last seen to that no rank is where it should not be
     exposed: bool = True  # nothing is safe in memory yet, or not any more
     lags: bool = False  # replication does not keep up: what protects is the persistent tier
     furthest: int = FRESH  # the newest step that all ranks had done in the generations before
@@ -190,8 +194,8 @@ class Cluster:
     publisher: str = ""  # who was told to publish it
     last_loss: str = ""  # why the last node was evicted
     worker_to_blame: bool = False  # it was, because its worker failed again and again: another node would do no better
-    stopping: str = ""  # why the run cannot go on
-    stops_as: str = "stopped"  # or suspended: it can, on other nodes
+    stopping: str = ""  # why the newest step is saved
+    stops_as: str = ""  # stopped, or suspended: it can go on, on other nodes; "" = it does, on these
     savers: Mapping[int, str] = field(default_factory=dict)  # out of nodes: rank -> who was asked to save it
     asked: float = -1.0  # when they last were: an order, or its answer, may be lost
     next_persist: int = 0

@@ -111,6 +111,8 @@ class Turn:
         ):  # its shard will never come: tried again with the next safe step
             self.set(persisting=FRESH, files={})
         self.shun_host(node)
+        if self.cluster.world.left_out == node:
+            self.set(world=changed(self.cluster.world, left_out=""))
         if node in self.cluster.ranks.values():
             self.open_generation(f"{node} is lost")
 
@@ -169,6 +171,7 @@ class Turn:
         if node not in world.members:
             return
         if world.state == "starting":
+            self.set_member(node, blamed=self.cluster.members[node].blamed + 1)
             self.world_lost(world.number, f"the window host of {node} is gone")
             return
         self.set_member(node, host_world=0)
@@ -229,9 +232,18 @@ class Turn:
 
     def save_and_stop(self, reason: str, stops_as: str = "stopped") -> None:
         """The run cannot go on: save the newest complete step first, so that nothing is lost."""
-        if self.cluster.phase in (Phase.SAVING, Phase.FINISHED):
-            return  # for the reason that came first
+        if self.cluster.phase is Phase.SAVING and not self.cluster.stops_as:
+            self.set(stopping=reason, stops_as=stops_as)
+        elif self.cluster.phase not in (Phase.SAVING, Phase.FINISHED):  # else for the reason that came first
+            self._save(reason, stops_as)
+
+    def save_first(self, reason: str) -> None:
+        """Not everybody can read what lies in memory: all go on from the persistent tier, once it is there."""
+        self._save(reason, "")
+
+    def _save(self, reason: str, stops_as: str) -> None:
         self._abort(reason)
+        self.note("save", reason=reason)
         self.set(stopping=reason, stops_as=stops_as)
         self.enter(Phase.SAVING)
         self.save_newest()

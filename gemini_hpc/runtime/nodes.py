@@ -95,9 +95,8 @@ class Nodes(ABC):
     def dismiss(self, end: Finish) -> None:
         """Tell all agents to leave now: nobody waits for what they still do."""
         self._tell_all(end)
-        for node, child in self._agents.items():
-            if node not in self._up:  # it could not be told
-                child.end()
+        for node in self._agents.keys() - self._up.keys():  # could not be told
+            self._agents.pop(node).end()
 
     def close(self) -> None:
         """End what still runs: agents get a moment to leave, the rest gets none. May be called again."""

@@ -104,6 +104,14 @@ def test_a_lost_node_comes_back_and_is_a_spare(tmp_path: Path, references: Refer
         assert {first, second} & {move["node"] for move in run.events("plan")[-1]["moves"]}
 
 
+def test_a_run_that_ends_while_a_node_comes_back_ends_as_it_was_decided(tmp_path: Path) -> None:
+    with start_strict(tmp_path, "cluster.return_s=0", spares=0) as run:
+        run.wait_for_training(3)
+        run.kill(AGENT, "node1")
+        run.wait_for_end(1)
+        assert run.status["state"] == "suspended", run.status
+
+
 @pytest.mark.faults
 def test_a_silent_coordinator_is_replaced_and_leaves_when_it_is_back(
     tmp_path: Path, references: References, matrix: Matrix

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -663,6 +664,25 @@ def test_fifty_kills_in_a_row(tmp_path: Path, matrix: Matrix, references: Refere
             assert all(late <= early + 1 for early, late in zip(counts, after[name][1:], strict=True)), matrix.notes[-1]
         slowest = max(items, key=lambda item: item.ms("first step") or 0.0)
         matrix.enter_recovery(f"{KILLS} workers SIGKILL, one after another (the slowest)", slowest)
+
+
+@pytest.mark.long
+def test_every_node_is_lost_in_turn_and_comes_back(tmp_path: Path, matrix: Matrix, references: References) -> None:
+    """Twice: when none is left of those who voted, those elect who are back. The persistent tier is never needed."""
+    rounds, nodes = 2, [f"node{i}" for i in range(4)]
+    with start(tmp_path, "cluster.return_s=0.2", "protect.persist_every=1000", steps=LONG_STEPS) as run:
+        run.wait_for_training(step=4)
+        for node in rounds * nodes:
+            struck = time.time()
+            faults.kill_node(run.paths, node)
+            back = run.wait_for("memory", since=struck, node=node)  # its arena is there, and a worker that can take a rank
+            run.wait_for("safe", since=back["t"])
+        run.wait_for_end()
+        assert_identical(run, references(3, LONG_STEPS))
+        items = recovered(run)
+        assert {item.tier for item in items} <= {"local", "peer"}
+        slowest = max(items, key=lambda item: item.ms("first step") or 0.0)
+        matrix.enter_recovery(f"every node, one after another, {rounds} times (the slowest)", slowest)
 
 
 @pytest.mark.long

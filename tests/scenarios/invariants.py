@@ -142,7 +142,7 @@ class Invariants:
     def _nobody_can_read(self) -> bool:
         """Reads may fail for as long as they like, and a bound for them is all that one can ask for."""
         sim = self._sim
-        return bool(sim.network.cuts or sim.network.disorder or sim.no_host or sim.bad_reads) or not self.windows_work
+        return bool(sim.network.cuts or sim.network.disorder or sim.bad_reads) or not self.windows_work
 
     def _survives(self, cluster: Cluster, rank: int, at_step: int, checksum: int) -> bool:
         for name, member in cluster.members.items():

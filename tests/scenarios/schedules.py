@@ -76,7 +76,6 @@ class Schedule:
             and lost <= self.shape[1]
             and self.keeps_majority()
             and not any(fault.kind in ("corrupt_file", "suspend") or fault.other == CLUSTER for fault in self.faults)
-            and not (lost and any(fault.kind == "no_host" for fault in self.faults))  # its replica cannot be read
         )
 
 

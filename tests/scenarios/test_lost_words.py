@@ -155,9 +155,19 @@ def unreadable(*pairs: tuple[str, str]) -> Simulation:
     return cluster
 
 
-def test_a_snapshot_that_nobody_can_read_is_saved_rather_than_trained_again_from_the_beginning() -> None:
-    cluster = unreadable(("n4", "n3"), ("n5", "n3")).run(Simulation.over, 120)
-    assert cluster.outcome == "stopped" and max(cluster.manifests) >= 100
+def test_what_no_spare_can_read_goes_through_the_persistent_tier() -> None:
+    cluster = unreadable(("n4", "n3"), ("n5", "n3"))
+    cluster.run(lambda c: c.running() and c.cluster.generation > 1)
+    plan = cluster.cluster.plan
+    assert plan is not None and plan.step >= 100 and {source.tier for source in plan.sources.values()} == {"persistent"}
+    assert cluster.run(Simulation.over, 200).outcome == "finished"
+
+
+def test_what_can_be_neither_read_nor_saved_stops_the_run_rather_than_starting_it_afresh() -> None:
+    cluster = unreadable(("n4", "n3"), ("n5", "n3"))
+    cluster.no_writes |= set(cluster.rules.nodes)
+    cluster.run(Simulation.over, 120)
+    assert cluster.outcome == "stopped" and "could not be saved" in cluster.reason
 
 
 def test_what_one_spare_cannot_read_another_does() -> None:

@@ -536,9 +536,9 @@ def test_the_last_step_is_persisted_though_it_could_not_be_replicated() -> None:
     assert max(note["step"] for note in cluster.said("safe")) < 30
 
 
-def lagging(break_it: Callable[[Simulation], None]) -> Simulation:
-    """A long training, of which from early on not every replica can be written; a minute of it."""
-    cluster = started(total_steps=5000, persist_every=5000)
+def lagging(break_it: Callable[[Simulation], None], nodes: int) -> Simulation:
+    """A long training of four ranks, of which from early on not every replica can be written; a minute of it."""
+    cluster = started(nodes=nodes, total_steps=5000, persist_every=5000)
     break_it(cluster)
     cluster.run(lambda c: bool(c.said("unprotected")))
     return cluster.run_for(60.0)
@@ -549,10 +549,11 @@ def test_where_replicas_cannot_be_written_checkpoints_take_their_place(what: str
     def break_it(cluster: Simulation) -> None:
         if what == "host":
             cluster.lose_host("n1")
+            cluster.lose_host("n4")  # else this one would take its rank
         else:
             cluster.network.cut(cluster.lines_between(["n2"], ["n3"]))
 
-    cluster = lagging(break_it)
+    cluster = lagging(break_it, nodes=5)
     shown, now = describe(cluster.cluster, cluster.now), min(cluster.cluster.stepped.values())
     assert not shown["protected"]
     assert any(line.startswith("replicas: ") for line in shown["waiting_for"])
@@ -565,13 +566,32 @@ def test_where_replicas_cannot_be_written_checkpoints_take_their_place(what: str
 
 
 def test_replicas_that_can_be_written_again_protect_again() -> None:
-    cluster = lagging(lambda sim: sim.lose_host("n1"))
+    cluster = lagging(lambda sim: sim.lose_host("n1"), nodes=4)
+    assert {note["target"] for note in cluster.said("no_host")} == {"n1"}
     cluster.no_host.clear()
     cluster.run(lambda c: len(c.said("protected")) == 2)
     assert describe(cluster.cluster, cluster.now)["protected"]
     saved = len(cluster.said("persisted"))
     cluster.run_for(30.0)
     assert len(cluster.said("persisted")) == saved
+
+
+@pytest.mark.parametrize("broken", ["n0", "n2", "n4"])
+def test_where_no_window_host_starts_another_node_takes_the_rank(broken: str) -> None:
+    """A spare is only left out of the MPI world; either way all is protected again, and a node may be lost."""
+    cluster = started(nodes=6, total_steps=5000, persist_every=5000)
+    cluster.lose_host(broken)
+    cluster.run(lambda c: bool(c.said("no_host")), 120.0)
+    cluster.run(lambda c: broken not in c.cluster.ranks.values() and not c.cluster.exposed, 60.0)
+    assert [note["target"] for note in cluster.said("no_host")] == [broken]
+    assert len(cluster.said("plan")) == (1 if broken == "n4" else 2)
+    safe = cluster.cluster.safe_step
+    cluster.kill_node("n1")
+    cluster.run(lambda c: "n1" not in c.cluster.ranks.values() and c.running() and not c.cluster.exposed)
+    assert cluster.said("plan")[-1]["step"] >= safe and tiers(cluster, len(cluster.said("plan"))).count("peer") == 1
+    worlds = cluster.cluster.worlds
+    cluster.run_for(100.0)
+    assert cluster.cluster.worlds == worlds, "it is not asked again"
 
 
 def test_what_its_owner_cannot_write_to_the_persistent_tier_is_written_by_its_partner() -> None:
