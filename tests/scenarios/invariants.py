@@ -2,9 +2,9 @@
 
 I1  All ranks of a group restore one step of one history: nothing torn, nothing mixed, nobody else's.
 I3  No plan goes behind a safe step while every rank's snapshot of it lies intact on some node that the coordinator
-    counts as living, and its bytes can be read; and a step is called safe only when it lies with every holder. (So
-    losses of fewer than m nodes of each group, once the coordinator noted a step to be safe, never reach the
-    persistent tier.)
+    counts as living, whether others can read it or not; and a step is called safe only when it lies with every
+    holder. (So losses of fewer than m nodes of each group, once the coordinator noted a step to be safe, never cost
+    more than what was done since.)
 I4  In a generation the orders of one coordinator in one term are obeyed, no node goes back to the orders of an older
     one; at any time one node at most may act, and nobody orders anything who may not.
 I5  A run that stops has saved what was safe; one that has finished has published its last step; one that fails over
@@ -32,7 +32,6 @@ class Invariants:
         self._sim = sim
         self._obeyed: dict[int, tuple[str, int]] = {}  # generation -> whose orders were obeyed in it
         self._reached: dict[tuple[str, int], int] = {}  # (node, life) -> the newest generation that it obeyed
-        self.windows_work = True
         self._safe: dict[int, dict[int, int]] = {}  # step -> rank -> checksum, of the newest safe step
 
     def one_history(self, at_step: int, contents: "dict[int, Content | None]") -> int:
@@ -127,7 +126,7 @@ class Invariants:
             if to_step >= at_step:
                 continue
             whole = all(self._survives(cluster, rank, at_step, checksum) for rank, checksum in checksums.items())
-            if whole and not self._nobody_can_read():
+            if whole:
                 raise Broken(f"I3: back to step {to_step}, though step {at_step} is whole ({reason})")
             self._safe = {}
 
@@ -138,11 +137,6 @@ class Invariants:
             whole = all(self._survives(cluster, rank, at_step, checksum) for rank, checksum in checksums.items())
             if saved < at_step and whole and "could not be saved in time" not in reason:
                 raise Broken(f"I5: stopped with step {saved} saved, though step {at_step} is whole: {reason}")
-
-    def _nobody_can_read(self) -> bool:
-        """Reads may fail for as long as they like, and a bound for them is all that one can ask for."""
-        sim = self._sim
-        return bool(sim.network.cuts or sim.network.disorder or sim.bad_reads) or not self.windows_work
 
     def _survives(self, cluster: Cluster, rank: int, at_step: int, checksum: int) -> bool:
         for name, member in cluster.members.items():

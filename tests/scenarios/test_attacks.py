@@ -317,7 +317,6 @@ def test_a_window_host_that_hangs_does_not_cost_the_copies_behind_it() -> None:
 def test_a_world_that_never_forms_again_does_not_hold_up_the_recovery() -> None:
     """Without windows there is still the persistent tier, and that is better than waiting for ever."""
     cluster = Simulation().run(lambda c: c.cluster.published is not None and c.running())
-    cluster.invariants.windows_work = False
     cluster.start_world = lambda order: cluster.after(  # type: ignore[method-assign]
         0.1, cluster.take, m.WorldFailed("", order.world, "mpiexec ended with status 1")
     )
@@ -335,7 +334,6 @@ def test_a_window_world_that_crashes_at_every_read_does_not_go_on_for_ever() -> 
             return False
         return True
 
-    cluster.invariants.windows_work = False
     cluster.obeyed = crash_at_fetch
     cluster.kill_node("n2")
     cluster.run(lambda c: c.running() and c.cluster.generation > 1, 120.0)
