@@ -126,7 +126,7 @@ class Invariants:
             if to_step >= at_step:
                 continue
             whole = all(self._survives(cluster, rank, at_step, checksum) for rank, checksum in checksums.items())
-            if whole:
+            if whole and not self._sim.network.disorder:  # which may tell of a node's start once more
                 raise Broken(f"I3: back to step {to_step}, though step {at_step} is whole ({reason})")
             self._safe = {}
 
