@@ -96,9 +96,9 @@ class RecoveryConfig(Section):
     """what is tried first: adopt a rank with the engine that is built, or build the engine anew"""
     heartbeat_s: float = Field(0.1, gt=0)
     """time between two heartbeats of an agent, seconds"""
-    heartbeat_timeout_s: float = Field(1.2, gt=0)
+    heartbeat_timeout_s: float = Field(1.0, gt=0)
     """silence after which a node is suspected, seconds; `suspect_s` later it is evicted"""
-    suspect_s: float = Field(0.5, gt=0)
+    suspect_s: float = Field(0.4, gt=0)
     """how long soft evidence waits for a second witness, seconds"""
     leave_s: float = Field(5.0, gt=0)
     """time for a worker to leave the collectives of an old generation, seconds"""
@@ -126,7 +126,7 @@ class RecoveryConfig(Section):
         if self.heartbeat_timeout_s < 2 * self.heartbeat_s:
             raise ValueError(
                 f"recovery.heartbeat_timeout_s ({self.heartbeat_timeout_s}) is less than two heartbeats of"
-                f" {self.heartbeat_s} s: set recovery.heartbeat_timeout_s={12 * self.heartbeat_s:g}"
+                f" {self.heartbeat_s} s: set recovery.heartbeat_timeout_s={10 * self.heartbeat_s:g}"
             )
         return self
 
