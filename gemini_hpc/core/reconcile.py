@@ -320,7 +320,7 @@ def _watch_replication(turn: Turn) -> None:
 
 
 def _leave_nodes(turn: Turn) -> bool:
-    """Move a rank off a node that should not have one, once a step is safe: nothing is lost, and no death waited for."""
+    """Move a rank off a node that should not have one, once a step is safe: nothing is lost."""
     cluster = turn.cluster
     if cluster.safe_step == cluster.moved_at:
         return False

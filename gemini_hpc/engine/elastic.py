@@ -107,12 +107,11 @@ class ElasticWorld:
         self._timeout = datetime.timedelta(seconds=timeout_s)
         self._groups: list[ElasticGroup] = []
         self._lock = threading.Lock()
-        self._device: Any = None
+        self._device: gloo.Device | None = None
         self._own_store: StoreServer | None = None
         self._store: StoreClient | None = None  # the group's: it may be asked for as long as the group lives
-        self._before: set[int] = set()  # sockets that are not the current group's
-        self._sockets: dict[int, int] | None = {}  # inode -> descriptor of the group's; None = being made
         self._generation = 0  # whose group is held or being made
+        self._forming = False
         self._ended_through = -1  # all generations up to this one were aborted or left
         dist.Backend.register_backend(BACKEND, self._create, extended_api=True, devices=["cpu"])
         dist.init_process_group(BACKEND, store=dist.HashStore(), rank=rank, world_size=size, timeout=self._timeout)
@@ -140,22 +139,22 @@ class ElasticWorld:
         They meet at rank 0's store, which listens at `address`. Blocks until all ranks came, at most the timeout;
         raises RuntimeError when `abort` is called meanwhile or a peer does not come.
         """
+        self._device = device = self._device or gloo.Device(self._address)
+        self._store = store = StoreClient(address, self._timeout.total_seconds())
         with self._lock:
-            self._before = set(gloo.connections())
-            self._sockets = None
             self._generation = generation
+            self._forming = True
         try:
             self._refuse_ended()
-            self._device = self._device or gloo.create_device(self._address)
-            self._store = store = StoreClient(address, self._timeout.total_seconds())
+            store.connect()
             for index, group in enumerate(self._groups):
                 self._refuse_ended()
                 prefix = dist.PrefixStore(f"generation-{generation}/group-{index}", store)
-                group.become(rank, gloo.Group(prefix, rank, self.size, self._device, self._timeout, self._ended))
+                group.become(rank, gloo.Group(prefix, rank, self.size, device, self._timeout, self._ended))
             self.rank = rank
         finally:
             with self._lock:
-                self._sockets = {i: fd for i, fd in gloo.connections().items() if i not in self._before}
+                self._forming = False
         self._refuse_ended()
 
     def _refuse_ended(self) -> None:
@@ -175,19 +174,21 @@ class ElasticWorld:
             c10d._world.pg_coalesce_state.pop(group, None)  # filled when a coalesced collective failed
         # gloo's destructor waits for its threads, of which one may sleep until its timeout
         threading.Thread(target=old.clear, daemon=True).start()
-        gloo.settle(self._sockets or {})
-        with self._lock:
-            self._sockets = {}
+        self._settle()
         if self._store is not None:
             self._store.close()
             self._store = None
 
     def _ended(self) -> bool:
         """Whether the group has ended; if so, it has come to rest."""
-        if self._sockets is None or not self.has_ended(self._generation):
+        if self._forming or not self.has_ended(self._generation):
             return False
-        gloo.settle(self._sockets)
+        self._settle()
         return True
+
+    def _settle(self) -> None:
+        if self._device is not None:
+            gloo.settle(self._device.connections())
 
     def vote(self, mine: bool) -> Callable[[], bool]:
         """Cast a vote (all ranks); what is returned waits for all of them, and says whether all are true.
@@ -215,11 +216,11 @@ class ElasticWorld:
                 self._ended_through = max(self._ended_through, generation)
                 if not self.has_ended(self._generation):
                     return
-                forming = self._sockets is None  # then everything opened since belongs to it
-                doomed = self._sockets
-                if doomed is None:
-                    doomed = {i: fd for i, fd in gloo.connections().items() if i not in self._before}
-                gloo.shut(doomed)
+                forming = self._forming
+                if self._store is not None:
+                    self._store.shut()
+                if self._device is not None:  # those of groups before are shut already
+                    gloo.shut(self._device.connections())
             if forming:
                 time.sleep(_AGAIN_S)
 

@@ -6,6 +6,7 @@ is half sent or half received (FACTS.md section 1, DECISIONS.md 30). As of torch
 
 import datetime
 import os
+import re
 import socket
 import stat
 import time
@@ -37,9 +38,48 @@ Sockets = Mapping[int, int]
 """Inode -> descriptor of open sockets: the number of a descriptor may be given to another file."""
 
 
-def create_device(address: str) -> Any:
-    """Return what groups communicate through; it has a thread, whose end takes 10 ms, so one is for all groups."""
-    return ProcessGroupGloo.create_device(hostname=address)
+class Device:
+    """What groups communicate through; it has a thread, whose end takes 10 ms, so one is for all groups."""
+
+    def __init__(self, address: str) -> None:
+        before = _polls()
+        self.c10d = ProcessGroupGloo.create_device(hostname=address)
+        self._poll = next(poll for poll in _polls() - before if any(map(_listens, _polled(poll).values())))
+
+    def connections(self) -> Sockets:
+        """Return the connections of all its groups; not its listener, at whose end gloo would abort.
+
+        One that still connects is among them: to be shut is the end of its wait.
+        """
+        return {inode: fd for inode, fd in _polled(self._poll).items() if not _listens(fd)}
+
+
+def _polls() -> set[int]:
+    """Return the epoll descriptors of this process: every device reads all its sockets through one."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # closed meanwhile
+            if os.readlink(f"/proc/self/fd/{name}") == "anon_inode:[eventpoll]":
+                found.add(int(name))
+    return found
+
+
+def _polled(poll: int) -> Sockets:
+    """Return the sockets that an epoll descriptor watches."""
+    watched = re.findall(r"^tfd: +([0-9]+) .* ino:([0-9a-f]+)", Path(f"/proc/self/fdinfo/{poll}").read_text(), re.M)
+    found = {}
+    for descriptor, inode in ((int(fd), int(inode, 16)) for fd, inode in watched):
+        with suppress(OSError):  # closed meanwhile
+            status = os.fstat(descriptor)
+            if stat.S_ISSOCK(status.st_mode) and status.st_ino == inode:
+                found[inode] = descriptor
+    return found
+
+
+def _listens(descriptor: int) -> bool:
+    with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as line:
+        return line.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == 1
+    return True  # closed meanwhile: nothing to be shut
 
 
 class Group:
@@ -50,7 +90,7 @@ class Group:
         store: dist.Store,
         rank: int,
         size: int,
-        device: Any,
+        device: Device,
         timeout: datetime.timedelta,
         ended: Callable[[], bool],
     ) -> None:
@@ -60,7 +100,7 @@ class Group:
         """
         self._rank, self._size, self._ended = rank, size, ended
         options = ProcessGroupGloo._Options()
-        options._devices = [device]
+        options._devices = [device.c10d]
         options._timeout = timeout
         self._group = ProcessGroup(store, rank, size)
         backend = ProcessGroupGloo(store, rank, size, options)
@@ -130,27 +170,6 @@ class Work:
 
     def is_completed(self) -> bool:
         return all(part.is_completed() for part in self._parts)
-
-
-def connections() -> dict[int, int]:
-    """Return this process's TCP connections; not its listeners, at whose end gloo would abort."""
-    found = {}
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            status = os.fstat(int(name))
-            if stat.S_ISSOCK(status.st_mode) and _is_connected(int(name)):
-                found[status.st_ino] = int(name)
-        except OSError:
-            continue  # closed meanwhile
-    return found
-
-
-def _is_connected(descriptor: int) -> bool:
-    with socket.socket(fileno=os.dup(descriptor)) as probe:
-        if probe.family not in (socket.AF_INET, socket.AF_INET6):
-            return False
-        # one that still connects is among them: to be shut is the end of its wait
-        return probe.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == 0
 
 
 def shut(sockets: Sockets) -> None:

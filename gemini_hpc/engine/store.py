@@ -89,18 +89,23 @@ class StoreClient(dist.Store):
     """A rank's side, rank 0's too: the part of c10d's interface that a group needs to form. A value is posted once."""
 
     def __init__(self, address: str, timeout_s: float) -> None:
-        """Connect; raises dist.DistNetworkError when there is nobody, which no waiting would change."""
+        """Of the store at `address`, an IPv4 address and a port; to be connected first."""
         super().__init__()
         self._address = address
-        host, port = address.rsplit(":", 1)
-        try:
-            self._line = socket.create_connection((host, int(port)), timeout_s)
-        except OSError as error:
-            raise self._lost(error) from error
+        self._line = socket.socket()
+        self._line.settimeout(timeout_s)
         self._line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._stream = self._line.makefile("rwb")
         self._read: dict[str, bytes] = {}
         self._lock = threading.Lock()
+
+    def connect(self) -> None:
+        """Raises dist.DistNetworkError when there is nobody, which no waiting would change."""
+        host, port = self._address.rsplit(":", 1)
+        try:
+            self._line.connect((host, int(port)))
+        except OSError as error:
+            raise self._lost(error) from error
 
     def set(self, key: str, value: bytes | str) -> None:
         self._ask(_POST, key, value if isinstance(value, bytes) else value.encode())
@@ -121,8 +126,11 @@ class StoreClient(dist.Store):
         for key in keys:
             self.get(key)
 
+    def shut(self) -> None:
+        """Wake a thread that waits here, or still connects; from any other."""
+        _shut(self._line)
+
     def close(self) -> None:
-        """Hang up; wakes a thread that waits here."""
         _shut(self._line)
         with suppress(OSError):  # of what could not be sent any more
             self._stream.close()

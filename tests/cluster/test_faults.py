@@ -675,7 +675,9 @@ def test_every_node_is_lost_in_turn_and_comes_back(tmp_path: Path, matrix: Matri
         for node in rounds * nodes:
             struck = time.time()
             faults.kill_node(run.paths, node)
-            back = run.wait_for("memory", since=struck, node=node)  # its arena is there, and a worker that can take a rank
+            back = run.wait_for(
+                "memory", since=struck, node=node
+            )  # its arena is there, and a worker that can take a rank
             run.wait_for("safe", since=back["t"])
         run.wait_for_end()
         assert_identical(run, references(3, LONG_STEPS))

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import threading
 import time
 from typing import Any
 
@@ -78,6 +79,23 @@ def test_an_abort_at_any_moment_of_the_join_ends_it(cluster: Clusters) -> None:
     join_later(run)
 
 
+def test_a_connection_of_the_users_own_outlives_the_group_that_formed_meanwhile(cluster: Clusters) -> None:
+    run = cluster(Case(), size=2, spares=0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(PROMPT_S)
+        run.ranks[1].call("call", module=HERE, function="call_home", port=server.getsockname()[1])
+        send_join(run, 1)
+        line = server.accept()[0]
+    with line:
+        line.settimeout(PROMPT_S)
+        run.ranks[1].send("abort", generation=run.generation + 1)
+        run.ranks[1].failure(wait_s=PROMPT_S)
+        join_later(run)
+        run.ranks[1].call("leave")
+        line.sendall(b"still there?")
+        assert line.recv(100) == b"still there?"
+
+
 def test_an_abort_that_comes_late_does_not_harm_the_next_group(cluster: Clusters, undisturbed: Undisturbed) -> None:
     """A rank saw the failure by itself, and is in the next generation already."""
     run = cluster(Case(), size=2, spares=0).start()
@@ -127,6 +145,19 @@ def stop_while_receiving(rank: Any) -> None:
     dist.broadcast(torch.empty(LONG), 0, async_op=True)
     time.sleep(1.0)  # so that it is asked for
     os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def call_home(rank: Any, port: int) -> None:
+    """While the next group forms, open a connection, and send back what comes."""
+
+    def echo() -> None:
+        while not rank._world._forming:
+            time.sleep(0.001)
+        with socket.create_connection(("127.0.0.1", port)) as line:
+            while text := line.recv(100):
+                line.sendall(text)
+
+    threading.Thread(target=echo, daemon=True).start()
 
 
 def broadcast(rank: Any) -> None:

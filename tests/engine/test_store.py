@@ -30,6 +30,7 @@ def connect(server: StoreServer) -> Iterator[Connect]:
 
     def connect(timeout_s: float = WAIT_S) -> StoreClient:
         clients.append(StoreClient(server.address, timeout_s))
+        clients[-1].connect()
         return clients[-1]
 
     yield connect
@@ -147,6 +148,7 @@ def test_nothing_is_left_behind() -> None:
         server = StoreServer("127.0.0.1")
         clients = [StoreClient(server.address, WAIT_S) for _ in range(3)]
         for client in clients:
+            client.connect()
             client.set("k", b"v")
             assert client.get("k") == b"v"
             client.close()

@@ -358,7 +358,8 @@ def test_when_all_who_voted_are_gone_those_vote_who_came_back() -> None:
         for name in cluster.rules.nodes:
             safe = cluster.cluster.safe_step
             cluster.kill_node(name)
-            cluster.run(lambda c, name=name: c.nodes[name].life == life and c.running() and not c.cluster.exposed)
+            back = (life, True, False)
+            cluster.run(lambda c, n=name, back=back: (c.nodes[n].life, c.running(), c.cluster.exposed) == back)
             assert cluster.said("plan")[-1]["step"] >= safe
             assert sum(node.seat.cluster is not None for node in cluster.nodes.values()) == 1
     assert max(node.seat.election.named for node in cluster.nodes.values()) >= 3
