@@ -11,6 +11,7 @@ from gemini_hpc.core.messages import (
     Disconnected,
     Event,
     Heartbeat,
+    Hello,
     HostLost,
     HostReady,
     Inventory,
@@ -331,6 +332,11 @@ def _take_copy(turn: Turn, event: Copied, origin: int) -> None:
         )
 
 
+def _on_hello(turn: Turn, event: Hello) -> None:
+    if event.role == "host":
+        turn.set_member(event.node, host_began=event.world)
+
+
 def _on_host_ready(turn: Turn, event: HostReady) -> None:
     world = turn.cluster.world
     if event.world != world.number or world.state not in ("starting", "ready"):
@@ -421,6 +427,7 @@ _SAID: Handlers = {
     Copied: _on_copied,
     Damaged: _on_damaged,
     Inventory: _on_inventory,
+    Hello: _on_hello,
     HostReady: _on_host_ready,
     HostLost: _on_host_lost,
     Persisted: _on_persisted,

@@ -283,7 +283,7 @@ class Tick(Event):
 
 @dataclass(frozen=True)
 class Hello(Event):
-    """The first message of a child to its agent. `role`: worker, host or archiver; `world` for hosts."""
+    """The first message of a child to its agent, which passes on a host's. `role`: worker, host or archiver."""
 
     role: str
     pid: int

@@ -63,32 +63,34 @@ def _keep_world(turn: Turn) -> None:
     if world.state == "lost" and turn.now - world.since < rest_s:
         return
     number = turn.cluster.worlds + 1
-    left_out = _left_out(world.failures, hosts)
-    nodes = tuple(m.node for m in hosts if m.node != left_out)
+    left_out = _left_out(world, hosts)
+    nodes = tuple(m.node for m in hosts if m.node not in left_out[-1:])
     turn.set(worlds=number, pulls={}, world=World(number, nodes, "starting", turn.now, world.failures, left_out))
     turn.order(StartWorld("", number, nodes))
-    turn.note("world", number=number, state="started", reason=f"without {left_out}" if left_out else "")
+    turn.note("world", number=number, state="started", reason=f"without {left_out[-1]}" if left_out else "")
 
 
 def _judge_hostless(turn: Turn) -> None:
     """The world started: whoever was left out of it was to blame; it gets another chance where it cannot be spared."""
     cluster, world = turn.cluster, turn.cluster.world
     if world.left_out:
-        turn.set_member(world.left_out, hostless=True)
-        turn.note("no_host", target=world.left_out, reason="MPI worlds start without it, and did not with it")
-        turn.set(world=changed(world, left_out=""))
+        node = world.left_out[-1]
+        turn.set_member(node, hostless=True)
+        turn.note("no_host", target=node, reason="MPI worlds start without it, and did not with it")
+        turn.set(world=changed(world, left_out=()))
     elif turn.now - world.since > WORLD_REST_S:
         for node in cluster.ranks.values():
             if cluster.members[node].hostless and not recovery.has_substitute(cluster, node):
                 turn.set_member(node, hostless=False)
 
 
-def _left_out(failures: int, hosts: list[Member]) -> str:
-    """Choose whom to leave out of an MPI world after so many that did not start, the likeliest first; "" = nobody."""
-    turns = failures - WORLD_TRIES
-    if turns < 0 or len(hosts) == 1:
-        return ""
-    return sorted(hosts, key=lambda m: -m.blamed)[turns % len(hosts)].node
+def _left_out(world: World, hosts: list[Member]) -> tuple[str, ...]:
+    """Add whom to leave out of the world after this one, when too many did not start: the likeliest to blame."""
+    if world.failures < WORLD_TRIES or len(hosts) == 1:
+        return ()
+    others = [m for m in hosts if m.node not in world.left_out]
+    before = world.left_out if others else ()
+    return (*before, max(others or hosts, key=lambda m: m.blamed).node)
 
 
 def _form(turn: Turn) -> None:

@@ -66,7 +66,10 @@ class Member:
     rank: int = -1  # as which rank
     snapshot_bytes: int = 0  # > 0: its arena exists
     host_world: int = 0  # the MPI world in which its window host is ready
-    blamed: int = 0  # MPI worlds in a row that were lost at their start, and its window host was the first to go
+    host_began: int = 0  # the newest MPI world in which its window host has begun
+    blamed: int = (
+        0  # MPI worlds in a row that did not start while its window host had not begun, or was the first to go
+    )
     hostless: bool = False  # the MPI world starts without it, and did not start with it
     restarts: int = 0
     votes: bool = True  # it can elect another coordinator
@@ -138,7 +141,7 @@ class World:
     state: str = "none"  # none | starting | ready | lost
     since: float = 0.0
     failures: int = 0  # in a row
-    left_out: str = ""  # the node that is not in it, to see whether it is to blame for these
+    left_out: tuple[str, ...] = ()  # nodes that were left out of one attempt each, the last one of this world
     without_since: float = -1.0  # since when it is ready but some living node has no host in it
 
 

@@ -111,8 +111,8 @@ class Turn:
         ):  # its shard will never come: tried again with the next safe step
             self.set(persisting=FRESH, files={})
         self.shun_host(node)
-        if self.cluster.world.left_out == node:
-            self.set(world=changed(self.cluster.world, left_out=""))
+        if node in self.cluster.world.left_out:
+            self.set(world=changed(self.cluster.world, left_out=()))
         if node in self.cluster.ranks.values():
             self.open_generation(f"{node} is lost")
 
@@ -191,6 +191,10 @@ class Turn:
         world = self.cluster.world
         if number != world.number or world.state not in ("starting", "ready"):
             return
+        if world.state == "starting":
+            for node in world.members:
+                if self.cluster.members[node].host_began != number:
+                    self.set_member(node, blamed=self.cluster.members[node].blamed + 1)
         failures = world.failures + 1
         self.set(world=changed(world, state="lost", since=self.now, failures=failures), pulls={})
         self.note("world", number=number, state="lost", reason=reason)

@@ -295,6 +295,7 @@ class Agent:
     def _greet(self, hello: Hello) -> None:
         if hello.role == "host":
             self._account.host_world = hello.world
+            self._tell(hello)
         if hello.role == "archiver":
             self._archiving.greet()
 

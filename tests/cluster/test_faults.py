@@ -544,11 +544,34 @@ def no_host(run: Run, node: str) -> Iterator[None]:
 
 
 @pytest.mark.long
-def test_a_window_host_that_does_not_start_any_more(tmp_path: Path, matrix: Matrix, references: References) -> None:
-    """Nothing can be replicated, and status says so; checkpoints take the place of replicas, and a node may be lost."""
-    with start(tmp_path, "protect.persist_every=1000", "recovery.fetch_s=2", "recovery.world_s=5", steps=400) as run:
+def test_no_window_host_starts_on_a_node_any_more(tmp_path: Path, matrix: Matrix, references: References) -> None:
+    """A spare takes its rank; all is protected again, so that another node may be lost."""
+    settings = ("protect.persist_every=1000", "recovery.fetch_s=2", "recovery.world_s=5")
+    with start(tmp_path, *settings, spares=2, steps=LONG_STEPS) as run:
         run.wait_for_training(step=4)
+        struck = time.time()
         with no_host(run, "node1"):
+            found = run.wait_for("no_host", target="node1")
+            run.wait_for("protected", since=found["t"])
+            run.wait_for("first_step", generation=run.generation(2))
+            assert "node1" not in {move["node"] for move in run.events("plan")[-1]["moves"]}
+            faults.kill_node(run.paths, "node2")
+            run.wait_for_end()
+        assert_identical(run, references(3, LONG_STEPS))
+        assert {event["target"] for event in run.events("no_host")} == {"node1"}
+        moved, lost = recovered(run)
+        assert lost.tier == "peer"
+        matrix.enter_recovery("no window host starts on a node any more", moved, struck)
+        matrix.enter_recovery("another node lost after that", lost)
+
+
+@pytest.mark.long
+def test_no_window_host_starts_on_two_nodes(tmp_path: Path, matrix: Matrix, references: References) -> None:
+    """Nothing can be replicated, and status says so; checkpoints take the place of replicas, and a node may be lost."""
+    settings = ("protect.persist_every=1000", "recovery.fetch_s=2", "recovery.world_s=5")
+    with start(tmp_path, *settings, steps=LONG_STEPS) as run:
+        run.wait_for_training(step=4)
+        with no_host(run, "node1"), no_host(run, "node3"):
             run.wait_for("unprotected")
             until(lambda: not run.status["protected"], "status to say so", EVENT_S)
             run.wait_for("persisted", at_least=20)
@@ -556,10 +579,10 @@ def test_a_window_host_that_does_not_start_any_more(tmp_path: Path, matrix: Matr
             run.wait_for("first_step", generation=run.generation(2))
         run.wait_for("protected", generation=run.generation(2))
         run.wait_for_end()
-        assert_identical(run, references(3, 400))
+        assert_identical(run, references(3, LONG_STEPS))
         (item,) = recovered(run)
         assert (item.rung, item.tier) == ("hot_swap", "persistent")
-        matrix.enter_recovery("a node lost while no window host starts on another", item)
+        matrix.enter_recovery("a node lost while no window host starts on two others", item)
 
 
 # --- memory -------------------------------------------------------------------------------------------

@@ -325,13 +325,24 @@ class Simulation:
             node.end_host()
         self._world = order.world
         members = [self.nodes[name] for name in order.members]
-        hosts = all(node.up and node.account.snapshot_bytes and node.name not in self.no_host for node in members)
-        if not hosts:
-            self.after(self.some(0.3), self._tell_all, m.WorldFailed("", order.world, "a window host did not start"))
-            return
-        for node in members:
+        able = [n for n in members if n.up and n.account.snapshot_bytes and n.name not in self.no_host]
+        hosts = []
+        for node in able:
             node.host, node.account.host_world = Host(node, order.world, order.members), order.world
-        self.after(self.some(self.host_s), self._world_ready, [node.host for node in members])
+            hosts.append(node.host)
+            self.after(self.some(0.05), node.from_child, m.Hello(node.name, "host", 1, order.world))
+        if len(able) == len(members):
+            self.after(self.some(self.host_s), self._world_ready, hosts)
+        else:
+            self.after(self.some(0.3), self._world_failed, order.world)
+
+    def _world_failed(self, world: int) -> None:
+        """The launcher ends the others; whether it or their agents say so first is chance."""
+        failed = m.WorldFailed("", world, "a window host did not start")
+        self.after(self.some(0.001), self._tell_all, failed)
+        for node in self.nodes.values():
+            if node.host is not None and node.host.world == world:
+                node.end_host()
 
     def _world_ready(self, hosts: list[Host]) -> None:
         """All windows are made together, or none."""
