@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 from gemini_hpc.core.messages import Persist
 from gemini_hpc.core.recovery import newest_complete
-from gemini_hpc.core.state import Phase, next_persist
+from gemini_hpc.core.state import Cluster, Phase, next_persist
 from gemini_hpc.core.turn import Turn
 from gemini_hpc.core.types import FRESH
 
@@ -81,14 +81,37 @@ def save(turn: Turn) -> None:
 
 
 def _end_saving(turn: Turn, how: str) -> None:
-    """End the run, or go on from the newest checkpoint; never quietly from the beginning."""
+    """End the run, or go on: from what was saved, else from what those can read who have it, else from what is older.
+
+    Never quietly from the beginning.
+    """
     cluster = turn.cluster
-    if cluster.stops_as or cluster.published is None:
+    newest, _ = newest_complete(cluster.copies, cluster.rules.world_size)
+    saved = turn.published_step() >= newest
+    at_home = {} if saved else _at_home(cluster, newest)
+    if cluster.stops_as or not (saved or at_home or cluster.published or not cluster.surveyed):
         turn.finish(cluster.stops_as or "stopped", f"{cluster.stopping}; {how}")
         return
-    following = next_persist(cluster.rules, cluster.published.step)
-    turn.set(copies={}, plan=None, trouble_since=-1.0, persisting=FRESH, files={}, next_persist=following)
+    if at_home:
+        turn.set(ranks=at_home)
+    elif not saved:
+        turn.set(copies={})
+    following = next_persist(cluster.rules, max(turn.published_step(), 0))
+    turn.set(persisting=FRESH, files={}, next_persist=following, through_disk=newest if saved else FRESH)
+    turn.set(plan=None, trouble_since=-1.0)
     turn.enter(Phase.FORMING)
+
+
+def _at_home(cluster: Cluster, at_step: int) -> dict[int, str]:
+    """Return who can restore each rank from its own area without reading from anybody; {} = for some rank nobody."""
+    ranks: dict[int, str] = {}
+    for rank in range(cluster.rules.world_size):
+        places = cluster.copies.get((rank, at_step), {})
+        homes = [n for n, copy in places.items() if copy.area == 0 and cluster.members[n].alive]
+        if not homes:
+            return {}
+        ranks[rank] = homes[0]
+    return ranks
 
 
 def _saver(turn: Turn, rank: int, places: Collection[str]) -> str:
@@ -131,9 +154,12 @@ def _ask_to_persist(turn: Turn) -> None:
 
 
 def _publish_again(turn: Turn) -> None:
-    """All files are written: see that they are published, by another node where the first one is gone."""
+    """All files are written: see that they are published, by another node where the first one is gone or failed."""
     publisher = turn.cluster.members.get(turn.cluster.publisher)
+    waited = turn.now - turn.cluster.asked > AGAIN_S
     if publisher is None or not publisher.alive:
-        turn.publish(turn.alive[0].node)
-    elif turn.now - turn.cluster.asked > AGAIN_S:
+        another = min(turn.alive, key=lambda member: member.failed_writes)
+        if waited or not another.failed_writes:
+            turn.publish(another.node)
+    elif waited:
         turn.publish(publisher.node)

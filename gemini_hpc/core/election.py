@@ -88,7 +88,7 @@ class Election:
         """Whether `some` are more than half of the voters that count."""
         counted = set(self.voters)
         if self.dead:
-            alone = len(self.dead.keys() | {self.node}) >= len(counted)
+            alone = counted <= self.dead.keys() | {self.node}
             counted -= {node for node, since in self.dead.items() if alone or now >= since + self.lease_s}
         return 2 * len(counted & some) > len(counted)
 

@@ -133,6 +133,7 @@ def _on_inventory(turn: Turn, event: Inventory) -> None:
         store=event.store,
         snapshot_bytes=event.snapshot_bytes,
         host_world=event.world if event.host else 0,
+        doubted=not event.host and event.snapshot_bytes > 0,
     )
     if event.generation:
         turn.set(begun=True)
@@ -351,7 +352,7 @@ def _on_host_ready(turn: Turn, event: HostReady) -> None:
     if all(members[n].host_world == world.number for n in world.members if members[n].alive):
         turn.set(world=changed(world, state="ready", since=turn.now, failures=0))
         for node in world.members:
-            turn.set_member(node, blamed=0)
+            turn.set_member(node, blamed=0, absences=0, doubted=False)
         turn.note("world", number=world.number, state="ready", reason="")
 
 
@@ -369,6 +370,8 @@ def _on_persisted(turn: Turn, event: Persisted) -> None:
     turn.set_member(event.node, failed_writes=failed_writes)
     if not event.ok:
         turn.note("persist_failed", target=event.node, step=event.step, rank=event.rank, reason=event.reason)
+        if event.reason == "checksum":
+            turn.drop_copy(event.rank, event.step, event.node)
         if cluster.phase is Phase.SAVING:
             checkpoints.try_another(turn, event.rank, event.node)
         else:
@@ -388,7 +391,9 @@ def _on_published(turn: Turn, event: Published) -> None:
             turn.survey_again()
         return
     if not event.ok and turn.cluster.phase is Phase.SAVING:
-        turn.note("persist_failed", step=event.step, reason=event.reason)
+        turn.note("persist_failed", target=event.node, step=event.step, reason=event.reason)
+        failed_writes = turn.cluster.members[event.node].failed_writes + 1
+        turn.set_member(event.node, failed_writes=failed_writes)
         turn.set(publisher="")  # another will try
         return
     if event.ok:

@@ -5,7 +5,7 @@ from typing import Any
 
 from gemini_hpc.core import checkpoints, recovery, replication
 from gemini_hpc.core.messages import Join, Load, Pull, StartWorld
-from gemini_hpc.core.state import Member, Missing, Phase, Source, Worker, World
+from gemini_hpc.core.state import Cluster, Member, Missing, Phase, Source, Worker, World
 from gemini_hpc.core.turn import Turn
 from gemini_hpc.core.types import FRESH, changed
 
@@ -41,7 +41,7 @@ def _keep_world(turn: Turn) -> None:
             turn.note("host_lost", target=holder, reason="it does not answer")
             turn.shun_host(holder)
     if turn.cluster.world.state == "ready":
-        _judge_hostless(turn)
+        _judge_hosts(turn)
     world = turn.cluster.world
     hosts = [m for m in turn.alive if m.snapshot_bytes and not m.hostless]
     if world.state == "starting" or not hosts:
@@ -57,40 +57,59 @@ def _keep_world(turn: Turn) -> None:
         if world.without_since < 0:
             turn.set(world=changed(world, without_since=turn.now))
             return
-        if turn.now - world.without_since < rules.suspect_s:
+        if turn.now - world.without_since < rules.suspect_s or _is_read_in(turn, world):
             return  # the loss of a host is often the first sign of the loss of its node
     rest_s = min(world.failures - 1.0, WORLD_REST_S)  # a second more after each failure in a row
     if world.state == "lost" and turn.now - world.since < rest_s:
         return
     number = turn.cluster.worlds + 1
-    left_out = _left_out(world, hosts)
-    nodes = tuple(m.node for m in hosts if m.node not in left_out[-1:])
-    turn.set(worlds=number, pulls={}, world=World(number, nodes, "starting", turn.now, world.failures, left_out))
+    left_out, tried = _left_out(world, hosts)
+    nodes = tuple(m.node for m in hosts if m.node not in left_out)
+    fresh = World(number, nodes, "starting", turn.now, world.failures, left_out, tried)
+    turn.set(worlds=number, pulls={}, world=fresh)
     turn.order(StartWorld("", number, nodes))
-    turn.note("world", number=number, state="started", reason=f"without {left_out[-1]}" if left_out else "")
+    turn.note("world", number=number, state="started", reason=f"without {', '.join(left_out)}" if left_out else "")
 
 
-def _judge_hostless(turn: Turn) -> None:
-    """The world started: whoever was left out of it was to blame; it gets another chance where it cannot be spared."""
+def _is_read_in(turn: Turn, world: World) -> bool:
+    """Whether a new member can fetch in this world: a recovery does not wait for another one."""
+    cluster = turn.cluster
+    takers = [node for rank, node in cluster.ranks.items() if rank not in cluster.fetched]
+    return cluster.phase is Phase.GATHERING and any(cluster.members[n].host_world == world.number for n in takers)
+
+
+def _left_out(world: World, hosts: list[Member]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Choose whom to leave out of the world after this one, when too many did not start; and who has been so far."""
+    for some in ([m for m in hosts if m.doubted], [m for m in hosts if m.absences >= WORLD_TRIES]):
+        if world.failures and 0 < len(some) < len(hosts):
+            return tuple(m.node for m in some), ()
+    if world.failures < WORLD_TRIES or len(hosts) == 1:
+        return (), ()
+    others = [m for m in hosts if m.node not in world.tried]
+    chosen = max(others or hosts, key=lambda m: m.blamed).node
+    return (chosen,), (*(world.tried if others else ()), chosen)
+
+
+def _judge_hosts(turn: Turn) -> None:
+    """The world started: whoever was left out of it is to blame, if it is so twice: it may have been chance.
+
+    One that cannot be spared gets another chance now and then.
+    """
     cluster, world = turn.cluster, turn.cluster.world
-    if world.left_out:
-        node = world.left_out[-1]
-        turn.set_member(node, hostless=True)
-        turn.note("no_host", target=node, reason="MPI worlds start without it, and did not with it")
+    left_out = [cluster.members[node] for node in world.left_out]
+    if left_out and all(m.doubted for m in left_out):
+        for m in left_out:
+            turn.set_member(m.node, hostless=True, doubted=False)
+            turn.note("no_host", target=m.node, reason="MPI worlds start without it, and do not with it")
         turn.set(world=changed(world, left_out=()))
+    elif left_out:
+        for m in left_out:
+            turn.set_member(m.node, doubted=True)
+        turn.set(world=changed(world, state="lost", left_out=(), tried=()))
     elif turn.now - world.since > WORLD_REST_S:
         for node in cluster.ranks.values():
             if cluster.members[node].hostless and not recovery.has_substitute(cluster, node):
-                turn.set_member(node, hostless=False)
-
-
-def _left_out(world: World, hosts: list[Member]) -> tuple[str, ...]:
-    """Add whom to leave out of the world after this one, when too many did not start: the likeliest to blame."""
-    if world.failures < WORLD_TRIES or len(hosts) == 1:
-        return ()
-    others = [m for m in hosts if m.node not in world.left_out]
-    before = world.left_out if others else ()
-    return (*before, max(others or hosts, key=lambda m: m.blamed).node)
+                turn.set_member(node, hostless=False, doubted=True)
 
 
 def _form(turn: Turn) -> None:
@@ -148,7 +167,6 @@ def _form(turn: Turn) -> None:
         loading=frozenset(),
         misses={},
         safe_step=FRESH,
-        moved_at=FRESH,
         exposed=True,
         lags=False,
         fruitless=cluster.fruitless + 1,
@@ -227,10 +245,16 @@ def _fetch(turn: Turn, rank: int, node: str) -> None:
         turn.set(loading=cluster.loading | {rank})
     else:
         places = cluster.copies[rank, plan.step]
-        source = min(places, key=lambda place: (cluster.misses.get((rank, plan.step, place), 0), place))
+        source = min(places, key=lambda place: _cost_of_reading(cluster, rank, plan.step, place))
         if not _pull(turn, Missing(rank, plan.step, node, 0, source, places[source])):
             return
     turn.note("fetch_started", rank=rank, source=source, tier=tier, generation=cluster.generation)
+
+
+def _cost_of_reading(cluster: Cluster, rank: int, at_step: int, place: str) -> tuple[bool, int, str]:
+    """Order those who have a snapshot: in the MPI world first, then who failed least often."""
+    outside = cluster.members[place].host_world != cluster.world.number
+    return outside, cluster.misses.get((rank, at_step, place), 0), place
 
 
 def _pull(turn: Turn, want: Missing) -> bool:
@@ -286,10 +310,10 @@ def _run(turn: Turn) -> None:
     for want in cluster.missing:
         _pull(turn, want)
     if news:
-        _advance_safe(turn)
+        advanced = _advance_safe(turn)
         turn.set(examined=cluster.copies)
-    if _leave_nodes(turn):
-        return
+        if _leave_nodes(turn, advanced):
+            return
     _watch_replication(turn)
     checkpoints.persist(turn)
     _end_run(turn)
@@ -321,13 +345,16 @@ def _watch_replication(turn: Turn) -> None:
             turn.shun_host(node)
 
 
-def _leave_nodes(turn: Turn) -> bool:
-    """Move a rank off a node that should not have one, once a step is safe: nothing is lost."""
+def _leave_nodes(turn: Turn, advanced: bool) -> bool:
+    """Move a rank off a node that should not have one, at a moment when that costs next to nothing.
+
+    That is when a step has just become safe; or, where replication lags, when the first snapshots after a checkpoint
+    are there, which will be written, too: the persistent tier works, and they are as new as can be.
+    """
     cluster = turn.cluster
-    if cluster.safe_step == cluster.moved_at:
-        return False
-    turn.set(moved_at=cluster.safe_step)
-    for node in cluster.ranks.values():
+    if cluster.lags and cluster.safe_step == turn.published_step():
+        advanced = recovery.newest_complete(cluster.copies, cluster.rules.world_size)[0] > cluster.safe_step
+    for node in cluster.ranks.values() if advanced else ():
         member = cluster.members[node]
         if (member.drains or member.hostless) and recovery.has_substitute(cluster, node):
             why = f"Slurm drains {node}" if member.drains else f"no window host starts on {node}"
@@ -336,16 +363,17 @@ def _leave_nodes(turn: Turn) -> bool:
     return False
 
 
-def _advance_safe(turn: Turn) -> None:
+def _advance_safe(turn: Turn) -> bool:
     newest = replication.newest_safe(turn.cluster)
     if newest <= turn.cluster.safe_step:
-        return
+        return False
     # older copies are not forgotten until others take their places: perhaps some owner has overwritten its newer one
     turn.make_safe(newest)
     turn.note("safe", step=newest, generation=turn.cluster.generation)
     if turn.cluster.exposed:
-        turn.set(exposed=False, lags=False)
+        turn.set(exposed=False, lags=False, through_disk=FRESH)
         turn.note("protected", step=newest, generation=turn.cluster.generation)
+    return True
 
 
 def _end_run(turn: Turn) -> None:

@@ -14,7 +14,7 @@ def plan(cluster: Cluster) -> Plan | None:
     copies = _readable(cluster, ranks)
     step, origin = newest_complete(copies, cluster.rules.world_size)
     published = cluster.published.step if cluster.published else FRESH
-    if step > FRESH and step >= published:
+    if step > published or (step == published != FRESH and step != cluster.through_disk):
         sources = {}
         for rank, node in ranks.items():
             sources[rank] = _memory_source(_of_origin(copies[rank, step], origin), node)
@@ -33,13 +33,14 @@ def assign(cluster: Cluster) -> dict[int, str] | None:
     spares = _spares(cluster, taken)
     for as_built in (True, False):  # an engine that is built as this rank already is the best choice
         for rank in [rank for rank in range(cluster.rules.world_size) if rank not in ranks]:
-            fits = [m for m in spares if not as_built or (m.built_rank == rank and m.worker is Worker.IDLE)]
+            fits = [m for m in spares if not as_built or (m.built_rank == rank and _is_ready(m))]
             if fits:
                 # best one whose arena is empty: what an evicted node still holds is overwritten when it takes a rank
                 chosen = min(
                     fits,
                     key=lambda member: (
-                        *(member.last_choice, member.worker is not Worker.IDLE, bool(member.held)),
+                        *(member.last_choice, member.worker is not Worker.IDLE),
+                        *(member.host_world != cluster.world.number, bool(member.held)),
                         member.node,
                     ),
                 )
@@ -51,6 +52,10 @@ def assign(cluster: Cluster) -> dict[int, str] | None:
 def has_substitute(cluster: Cluster, node: str) -> bool:
     """Whether a spare is left that is a better choice than `node`."""
     return any(not member.last_choice for member in _spares(cluster, {*cluster.ranks.values(), node}))
+
+
+def _is_ready(member: Member) -> bool:
+    return member.worker is Worker.IDLE and not member.last_choice
 
 
 def _spares(cluster: Cluster, taken: Set[str]) -> list[Member]:

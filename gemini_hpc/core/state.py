@@ -67,10 +67,10 @@ class Member:
     snapshot_bytes: int = 0  # > 0: its arena exists
     host_world: int = 0  # the MPI world in which its window host is ready
     host_began: int = 0  # the newest MPI world in which its window host has begun
-    blamed: int = (
-        0  # MPI worlds in a row that did not start while its window host had not begun, or was the first to go
-    )
-    hostless: bool = False  # the MPI world starts without it, and did not start with it
+    absences: int = 0  # MPI worlds in a row that did not start, and its window host had not begun
+    blamed: int = 0  # MPI worlds in a row that did not start, and its window host was the first to go
+    doubted: bool = False  # an MPI world started without it, and not with it: that is tried once more
+    hostless: bool = False  # and did not with it again
     restarts: int = 0
     votes: bool = True  # it can elect another coordinator
     deaf: bool = False  # it could not read a snapshot that it was to restore
@@ -141,7 +141,8 @@ class World:
     state: str = "none"  # none | starting | ready | lost
     since: float = 0.0
     failures: int = 0  # in a row
-    left_out: tuple[str, ...] = ()  # nodes that were left out of one attempt each, the last one of this world
+    left_out: tuple[str, ...] = ()  # nodes that are not in it, to see whether they are to blame for these
+    tried: tuple[str, ...] = ()  # nodes that were left out of attempts before, one of each
     without_since: float = -1.0  # since when it is ready but some living node has no host in it
 
 
@@ -183,7 +184,6 @@ class Cluster:
     misses: Mapping[tuple[int, int, str], int] = field(default_factory=dict)  # (rank, step, source) -> failed reads
     loading: frozenset[int] = frozenset()  # ranks that were told to Load
     safe_step: int = FRESH
-    moved_at: int = FRESH  # the safe step at which it was last seen to that no rank is where it should not be
     exposed: bool = True  # nothing is safe in memory yet, or not any more
     lags: bool = False  # replication does not keep up: what protects is the persistent tier
     furthest: int = FRESH  # the newest step that all ranks had done in the generations before
@@ -197,6 +197,7 @@ class Cluster:
     publisher: str = ""  # who was told to publish it
     last_loss: str = ""  # why the last node was evicted
     worker_to_blame: bool = False  # it was, because its worker failed again and again: another node would do no better
+    through_disk: int = FRESH  # the step that was saved because not all could read it in memory
     stopping: str = ""  # why the newest step is saved
     stops_as: str = ""  # stopped, or suspended: it can go on, on other nodes; "" = it does, on these
     savers: Mapping[int, str] = field(default_factory=dict)  # out of nodes: rank -> who was asked to save it

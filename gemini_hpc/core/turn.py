@@ -111,8 +111,8 @@ class Turn:
         ):  # its shard will never come: tried again with the next safe step
             self.set(persisting=FRESH, files={})
         self.shun_host(node)
-        if node in self.cluster.world.left_out:
-            self.set(world=changed(self.cluster.world, left_out=()))
+        # whoever it was that no world started with, it may have been this one
+        self.set(world=changed(self.cluster.world, failures=0, left_out=(), tried=()))
         if node in self.cluster.ranks.values():
             self.open_generation(f"{node} is lost")
 
@@ -193,8 +193,8 @@ class Turn:
             return
         if world.state == "starting":
             for node in world.members:
-                if self.cluster.members[node].host_began != number:
-                    self.set_member(node, blamed=self.cluster.members[node].blamed + 1)
+                member = self.cluster.members[node]
+                self.set_member(node, absences=0 if member.host_began == number else member.absences + 1)
         failures = world.failures + 1
         self.set(world=changed(world, state="lost", since=self.now, failures=failures), pulls={})
         self.note("world", number=number, state="lost", reason=reason)

@@ -20,6 +20,11 @@ from gemini_hpc.arena import checksum as checksum_of
 from gemini_hpc.errors import GeminiError
 from gemini_hpc.persist.manifest import PersistError, plain_size, reason, replacing
 
+
+class ChecksumError(PersistError):
+    """The bytes are not those that were to be written, or had been."""
+
+
 _FORMAT = 1
 _LENGTH_BYTES = 8
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -80,7 +85,7 @@ def read_shard(path: Path, out: memoryview) -> int:
 def _verify(payload: memoryview, expected: int) -> None:
     found = checksum_of(payload)
     if found != expected:
-        raise PersistError(f"its checksum is {found:016x} instead of {expected:016x}")
+        raise ChecksumError(f"its checksum is {found:016x} instead of {expected:016x}")
 
 
 def _check_gaps(index: SnapshotIndex, payload: memoryview) -> None:

@@ -47,6 +47,8 @@ class Archiver:
             payload = memoryview(bytearray(arena.payload(order.area, order.half)[: order.nbytes]))
             hdf5.write_shard(path, payload, order.checksum)
             nbytes = path.stat().st_size
+        except hdf5.ChecksumError:
+            failure = "checksum"
         except (GeminiError, OSError) as error:
             failure = str(error)
         return Persisted(

@@ -158,12 +158,13 @@ class Archiver:
         sim, node = self.node.sim, self.node
         if isinstance(order, m.Persist):
             content = node.arena.get((order.area, order.half))
-            ok = content is not None and content.true_checksum == order.checksum and not self._fails(order)
-            if ok:
+            whole = content is not None and content.true_checksum == order.checksum
+            reason = "the bytes could not be written" if self._fails(order) else "" if whole else "checksum"
+            if not reason:
                 assert content is not None
                 sim.files[order.step, order.rank, order.checksum] = content.sealed()
             at = (order.rank, order.step, f"rank-{order.rank:04d}.h5", NBYTES, order.checksum)
-            return m.Persisted(node.name, *at, ok, "" if ok else "the bytes could not be written", 0.1)
+            return m.Persisted(node.name, *at, not reason, reason, 0.1)
         if isinstance(order, m.Load):
             file = sim.files.get((order.step, order.rank, order.checksum))
             ok = file is not None and file.intact

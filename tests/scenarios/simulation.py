@@ -334,7 +334,8 @@ class Simulation:
         if len(able) == len(members):
             self.after(self.some(self.host_s), self._world_ready, hosts)
         else:
-            self.after(self.some(0.3), self._world_failed, order.world)
+            if not self.chance(0.5):  # else nobody says anything
+                self.after(self.some(0.3), self._world_failed, order.world)
 
     def _world_failed(self, world: int) -> None:
         """The launcher ends the others; whether it or their agents say so first is chance."""
