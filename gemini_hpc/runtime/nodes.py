@@ -17,6 +17,7 @@ import zmq
 from gemini_hpc.config import RunConfig
 from gemini_hpc.core.codec import Message
 from gemini_hpc.core.messages import Finish, Lead, NodeExited, NodeUp, Retire, StartWorld, Suspend, Voters, WorldFailed
+from gemini_hpc.runtime.allocation import Allocation, Embedded
 from gemini_hpc.runtime.children import DYING_WITH_US, NOT_WAITED_FOR, Child, open_log, python
 from gemini_hpc.runtime.cluster import CLUSTER, LOOPBACK, NODES, RETURNED, nodes_of, own_address
 from gemini_hpc.runtime.living import note_job
@@ -43,6 +44,8 @@ STEPS_S, STEPS_POLL_S, DESERTED_LOOKS = 15.0, 0.5, 2
 class Nodes(ABC):
     """All agents of a run, as processes that this one started."""
 
+    _forsaken_timeouts = Embedded.forsaken_timeouts
+
     def __init__(self, paths: RunPaths, run: RunConfig, address: str) -> None:
         self._paths, self._run = paths, run
         self._names = nodes_of(run)
@@ -60,6 +63,7 @@ class Nodes(ABC):
         self._namings = 0  # how often other voters were named
         self._leader = ""
         self._term = 0
+        self._led = time.monotonic()  # when anybody last said that it leads
         self._suspend: Suspend | None = None
         self._said_suspend = 0.0
         self._closed = False
@@ -86,7 +90,15 @@ class Nodes(ABC):
             self._tell_all(self._suspend)
         if not self._alive and not self._return_at:
             return Finish("", "suspended", "no node is left; go on from the newest checkpoint")
+        if (silent_s := time.monotonic() - self._led) > self._leaderless_s():
+            why = f"nobody has led for {silent_s:.0f} s, for most of those who vote are silent"
+            return Finish("", "suspended", f"{why}; go on from the newest checkpoint")
         return None
+
+    def _leaderless_s(self) -> float:
+        """Return for how long nobody may lead: at the start, or when those who could have given up."""
+        recovery = self._run.recovery
+        return recovery.build_s + self._forsaken_timeouts * recovery.heartbeat_timeout_s
 
     def suspend(self, reason: str) -> None:
         """Have the run saved and ended: the nodes are about to be taken away."""
@@ -149,8 +161,8 @@ class Nodes(ABC):
             self._up[message.node] = message
             self._tell_all(message)
             self._name_voters()
-        elif isinstance(message, Lead) and message.term > self._term:
-            self._leader, self._term = sender, message.term
+        elif isinstance(message, Lead) and message.term >= self._term:
+            self._leader, self._term, self._led = sender, message.term, time.monotonic()
 
     def _tell_all(self, message: Message) -> None:
         for node in self._up:
@@ -230,6 +242,8 @@ class SlurmNodes(Nodes):
     Its srun is our child, and is killed as soon as the agent is up, which outlives it: at the SIGTERM with which Slurm
     begins the end of a job, or its preemption, srun would kill the agent at once.
     """
+
+    _forsaken_timeouts = Allocation.forsaken_timeouts
 
     def __init__(self, paths: RunPaths, run: RunConfig) -> None:
         self._job = this_job(run.site.call_timeout_s)

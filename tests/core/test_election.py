@@ -393,3 +393,26 @@ def test_whoever_is_not_named_does_not_vote() -> None:
     agents.give("n2", "", Voters("", ("n1",), 1, 0))
     agents.run(2 * BEAT_S)
     assert agents.acting() == ["n1"] and agents.of["n2"].voters == ()
+
+
+def test_the_dead_without_a_vote_do_not_shorten_the_lease_of_those_who_had_one() -> None:
+    """Two of seven have none, and die. A leader is cut off with two friends, who die when its lease is about to end."""
+    names = ("n0", "n1", "n2", "n3", "n4")
+    agents = Agents(7, returned=[f"n{i}" for i in range(7)])
+
+    def die(lost: tuple[str, str], seen_by: tuple[str, ...]) -> None:
+        agents.die(*lost, seen_by=())
+        for name in seen_by:
+            for one in lost:
+                agents.give(name, "", NodeExited(one, "its agent is gone", 1))
+
+    for name in names:
+        agents.give(name, "", Voters("", names, 1, 0))
+    die(("n5", "n6"), names)
+    agents.run(2 * BEAT_S)
+    assert agents.acting() == ["n0"]
+    agents.split(["n0", "n1", "n2"])
+    agents.run(LEASE_S - STEP_S)
+    die(("n1", "n2"), ("n3", "n4"))
+    agents.run(3 * LEASE_S)  # two act at once where the dead count who never voted
+    assert len(agents.acting()) == 1

@@ -250,7 +250,7 @@ def play(schedule: Schedule, log: Callable[[Simulation, str], None] | None = Non
     if schedule.must_finish() and sim.outcome != "finished" and "could not be published" not in sim.reason:
         raise Broken(f"I5: {sim.outcome}: {sim.reason}")
     lasts = schedule.keeps_majority() or schedule.return_s is not None
-    if lasts and sim.outcome == "failed" and "no node is left" in sim.reason:
+    if lasts and sim.reason == "no node is left":
         raise Broken(f"I5: {sim.reason}, though some were there, or came back")
     return sim
 

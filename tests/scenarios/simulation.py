@@ -18,7 +18,7 @@ from gemini_hpc.core.state import Checkpoint, Cluster, Phase, Rules, new_cluster
 from gemini_hpc.core.types import FRESH
 from tests.scenarios.invariants import Broken, Invariants
 from tests.scenarios.network import Line, Network
-from tests.scenarios.node import CLUSTER, NBYTES, Content, Host, Node
+from tests.scenarios.node import CLUSTER, LEASE_TIMEOUTS, NBYTES, Content, Host, Node
 from tests.scenarios.training import Group, Worker
 
 
@@ -45,6 +45,9 @@ def rules(nodes: int = 5, **changes: Any) -> Rules:
     }
     return Rules(**(defaults | changes))
 
+
+WATCH_S = 2.0
+"""How often the cluster looks whether anybody leads."""
 
 SUSPEND_S = 1.0
 """How often the cluster says that it takes the nodes away."""
@@ -97,7 +100,7 @@ class Simulation:
         self._exited: dict[str, m.NodeExited] = {}
         self._voters, self._namings = set(self.rules.nodes), 0
         self._returning = 0  # nodes that are lost and will be back
-        self._leader, self._term = "", 0
+        self._leader, self._term, self._led = "", 0, 0.0
         self._known = new_cluster(self.rules, 0.0)
         self._world = 0
         if published is not None:
@@ -109,6 +112,7 @@ class Simulation:
         self.nodes = {}
         for name in self.rules.nodes:
             self.nodes[name] = Node(self, name, 0)
+        self.after(WATCH_S, self._watch_leaders)
         for name in absent:
             self.nodes[name].up = False
             self.nodes[name].worker.alive = False
@@ -247,12 +251,18 @@ class Simulation:
             self._up[sender] = message
             self._tell_all(message)
             self._name_voters()
-        elif isinstance(message, m.Lead) and message.term > self._term:
-            self._leader, self._term = sender, message.term
+        elif isinstance(message, m.Lead) and message.term >= self._term:
+            self._leader, self._term, self._led = sender, message.term, self.now
         elif isinstance(message, m.StartWorld) and sender == self._leader:
             self.start_world(message)
         elif isinstance(message, m.Finish) and sender in self._up and not self.outcome:
             self.end(message.state, message.reason)
+
+    def _watch_leaders(self) -> None:
+        silent_s = self.rules.build_s + LEASE_TIMEOUTS * self.rules.heartbeat_timeout_s
+        if not self.outcome and self.now - self._led > silent_s:
+            self.end("suspended", f"nobody has led for {silent_s:.0f} s")
+        self.after(WATCH_S, self._watch_leaders)
 
     def suspend(self) -> None:
         """The nodes are about to be taken away: say so until the run has ended."""
@@ -313,7 +323,7 @@ class Simulation:
 
     def _all_gone(self) -> None:
         if not self.outcome and not self._returning and not any(node.up for node in self.nodes.values()):
-            self.end("failed", "no node is left")
+            self.end("suspended", "no node is left")
 
     def _come_back(self, node: Node) -> None:
         self._returning -= 1

@@ -233,7 +233,7 @@ def test_one_rank_and_one_spare_stop_when_the_other_is_only_silent(lost: str) ->
     cluster.run(lambda c: c.running() and c.reached(5))
     cluster.kill_node(lost, seen=False)
     cluster.run(Simulation.over)
-    assert (cluster.outcome, len(cluster.forsaken)) == ("failed", 1)
+    assert (cluster.outcome, len(cluster.forsaken)) == ("suspended", 1)
 
 
 @pytest.mark.parametrize("lost", ["n0", "n1"])
@@ -380,7 +380,19 @@ def test_when_nobody_comes_back_the_run_is_over() -> None:
     for name in cluster.rules.nodes:
         cluster.kill_node(name)
     cluster.run(Simulation.over)
-    assert (cluster.outcome, cluster.reason) == ("failed", "no node is left")
+    assert (cluster.outcome, cluster.reason) == ("suspended", "no node is left")
+
+
+def test_when_most_who_vote_are_silent_for_ever_the_run_is_over() -> None:
+    """Though others come back, again and again: they have no vote, for those who have may still be there."""
+    cluster = Simulation(rules(total_steps=2000), prepare=lambda sim: setattr(sim, "return_s", 0.5))
+    cluster.run(lambda c: c.running() and c.cluster.safe_step >= 3)
+    for name in ("n1", "n2", "n3"):
+        cluster.kill_node(name)
+        cluster.run(lambda c, name=name: c.nodes[name].life == 1 and c.running() and not c.cluster.exposed)
+    cluster.pause("n4", 1000.0)
+    cluster.run(Simulation.over, 100.0)
+    assert cluster.outcome == "suspended" and "nobody has led" in cluster.reason
 
 
 def test_a_file_system_that_hangs_does_not_hold_up_a_takeover() -> None:
