@@ -20,7 +20,10 @@ from tests.scenarios.simulation import CLUSTER, Broken, Simulation, rules
 
 END_S = 150.0
 DISORDER_S = 30.0
-SHAPES = [(3, 1, 2), (4, 1, 2), (4, 2, 2), (2, 1, 2), (1, 1, 1), (3, 2, 3), (4, 1, 1), (2, 2, 1), (5, 1, 2), (3, 3, 2)]
+SHAPES = [
+    *((3, 1, 2), (4, 1, 2), (4, 2, 2), (2, 1, 2), (1, 1, 1), (3, 2, 3), (4, 1, 1), (2, 2, 1), (5, 1, 2), (3, 3, 2)),
+    *((5, 2, 2), (6, 2, 3), (4, 2, 4), (3, 1, 3)),
+]
 """Ranks, spares, replicas."""
 
 COORDINATOR = "the coordinator"
@@ -139,9 +142,29 @@ def _bad_disk(sim: Simulation, node: str, fault: Fault) -> None:
     sim.persist_fails = lambda order: sim.now < until and sim.chance(0.5)
 
 
+def _no_tier(sim: Simulation, node: str, fault: Fault) -> None:
+    """For a while nothing can be written to the persistent tier."""
+    until = sim.now + fault.seconds
+    sim.persist_fails = lambda order: sim.now < until
+
+
+def _lose_host(sim: Simulation, node: str, fault: Fault) -> None:
+    """For a while, or for good."""
+    sim.lose_host(node)
+    if fault.other:
+        sim.after(fault.seconds, sim.no_host.discard, node)
+
+
+def _drain(sim: Simulation, node: str, fault: Fault) -> None:
+    """For a while, or for good."""
+    sim.drain(node)
+    if fault.other:
+        sim.after(fault.seconds, sim.drain, node, False)
+
+
 FAULTS: dict[str, Act] = {
     "suspend": lambda sim, node, fault: sim.suspend(),
-    "drain": lambda sim, node, fault: sim.drain(node),
+    "drain": _drain,
     "kill_node": lambda sim, node, fault: sim.kill_node(node),
     "kill_unseen": lambda sim, node, fault: sim.kill_node(node, seen=False),
     "kill_worker": lambda sim, node, fault: sim.kill_worker(node),
@@ -160,7 +183,9 @@ FAULTS: dict[str, Act] = {
     "corrupt_file": _corrupt_file,
     "slow_disk": _slow_disk,
     "bad_disk": _bad_disk,
-    "no_host": lambda sim, node, fault: sim.lose_host(node),
+    "no_tier": _no_tier,
+    "no_worlds": lambda sim, node, fault: sim.lose_launcher(fault.seconds),
+    "no_host": _lose_host,
     "no_writes": lambda sim, node, fault: sim.no_writes.add(node),
 }
 COSTLY = ("kill_node", "kill_unseen", "pause", "cut_off", "one_way", "split", "link")
@@ -180,7 +205,11 @@ SORTS: dict[str, tuple[str, ...]] = {
         *("suspend", "suspend", "drain", "drain", "kill_node"),
         *("kill_worker", "hang_archiver", "slow_disk", "bad_disk", "no_writes", "link"),
     ),
-    "returns": ("kill_node", "kill_node", "kill_worker", "pause", "link"),
+    "hosts": (
+        *("no_host", "no_host", "no_worlds", "crash_host", "hang_host", "kill_node", "kill_worker"),
+        *("drain", "corrupt", "link", "no_tier"),
+    ),
+    "returns": ("kill_node", "kill_node", "kill_node", "kill_worker", "pause", "link", "split", "no_host", "drain"),
     "disorder": ("kill_node", "kill_worker", "pause", "cut_off", "trouble", "crash_host"),
 }
 
@@ -203,6 +232,8 @@ def schedule_of(seed: int) -> Schedule:
             other = draw.choice([*nodes, CLUSTER])
         elif kind in ("one_way", "cut_off"):
             other = draw.choice(("out", "in", "breaks"))
+        elif kind in ("drain", "no_host"):
+            other = draw.choice(("", "passes"))
         seconds = draw.choice((0.3, 1.0, 2.0, 2.0, 4.0, 20.0)) * (0.5 + draw.random())
         faults.append(Fault(round(at, 4), kind, node, round(seconds, 4), other))
         at += draw.choice((0.005, 0.05, 0.2, 1.0, 3.0)) * 2 * draw.random()

@@ -77,6 +77,7 @@ class Simulation:
         self.persist_fails: Callable[[m.Command], bool] = lambda order: False
         self.no_writes: set[str] = set()  # nodes that cannot write to the persistent tier
         self.no_host: set[str] = set()  # nodes whose window host does not start
+        self.no_worlds_until = 0.0  # before then no window host starts at all
         self.areas = held_by(self.rules.world_size, self.rules.replicas)
         # what a test may look at or interfere with
         self.history: list[tuple[float, str, m.Event, tuple[m.Command, ...]]] = []
@@ -334,6 +335,9 @@ class Simulation:
         for node in self.nodes.values():
             node.end_host()
         self._world = order.world
+        if self.now < self.no_worlds_until:
+            self.after(self.some(0.3), self._tell_all, m.WorldFailed("", order.world, "the launcher failed"))
+            return
         members = [self.nodes[name] for name in order.members]
         able = [n for n in members if n.up and n.account.snapshot_bytes and n.name not in self.no_host]
         hosts = []
@@ -372,6 +376,12 @@ class Simulation:
         """The window host of a node dies, and no other starts there."""
         self.no_host.add(name)
         self.crash_host(name)
+
+    def lose_launcher(self, seconds: float) -> None:
+        """All window hosts die, and for a while none can be started."""
+        self.no_worlds_until = self.now + seconds
+        for name in self.rules.nodes:
+            self.crash_host(name)
 
     def kill_worker(self, name: str) -> None:
         self.nodes[name].end_worker("killed by SIGKILL")
