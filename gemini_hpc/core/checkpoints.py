@@ -97,8 +97,7 @@ def _end_saving(turn: Turn, how: str) -> None:
     elif not saved:
         turn.set(copies={})
     following = next_persist(cluster.rules, max(turn.published_step(), 0))
-    turn.set(persisting=FRESH, files={}, next_persist=following, through_disk=newest if saved else FRESH)
-    turn.set(plan=None, trouble_since=-1.0)
+    turn.set(persisting=FRESH, files={}, next_persist=following, through_disk=newest if saved else FRESH, plan=None)
     turn.enter(Phase.FORMING)
 
 

@@ -215,11 +215,12 @@ def _on_node_exited(election: Election, now: float, event: NodeExited) -> Step:
 
 
 def _on_voters(election: Election, now: float, event: Voters) -> Step:
-    """No lease and no promise is left of those who voted before."""
+    """No lease is left of those who voted before."""
     if event.number <= election.named or election.node not in event.voters:
         return election, []
-    known: dict[str, Any] = {"term": max(event.term, election.term), "leader": "", "promised": -1.0, "dead": {}}
-    return changed(election, voters=event.voters, named=event.number, **known, free_since=now), []
+    known: dict[str, Any] = {"voters": event.voters, "named": event.number, "dead": {}}
+    term = max(event.term, election.term)
+    return changed(election, **known, term=term, leader="", free_since=now), []
 
 
 _HANDLERS: dict[type[Event | Command], Any] = {

@@ -169,6 +169,7 @@ def _form(turn: Turn) -> None:
         safe_step=FRESH,
         exposed=True,
         lags=False,
+        complete=FRESH,
         fruitless=cluster.fruitless + 1,
         furthest=max(cluster.furthest, cluster.all_stepped()),
     )
@@ -352,8 +353,10 @@ def _leave_nodes(turn: Turn, advanced: bool) -> bool:
     are there, which will be written, too: the persistent tier works, and they are as new as can be.
     """
     cluster = turn.cluster
-    if cluster.lags and cluster.safe_step == turn.published_step():
-        advanced = recovery.newest_complete(cluster.copies, cluster.rules.world_size)[0] > cluster.safe_step
+    if cluster.lags:
+        newest, _ = recovery.newest_complete(cluster.copies, cluster.rules.world_size)
+        advanced = newest > max(cluster.complete, cluster.safe_step) and cluster.safe_step == turn.published_step()
+        turn.set(complete=newest)
     for node in cluster.ranks.values() if advanced else ():
         member = cluster.members[node]
         if (member.drains or member.hostless) and recovery.has_substitute(cluster, node):

@@ -186,6 +186,7 @@ class Cluster:
     safe_step: int = FRESH
     exposed: bool = True  # nothing is safe in memory yet, or not any more
     lags: bool = False  # replication does not keep up: what protects is the persistent tier
+    complete: int = FRESH  # while it lags: the newest step of which memory has held a snapshot of every rank
     furthest: int = FRESH  # the newest step that all ranks had done in the generations before
     fruitless: int = 0  # generations since the run last came further
     worlds: int = 0  # the number of the last that this coordinator started

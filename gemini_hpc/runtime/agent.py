@@ -89,7 +89,7 @@ class Agent:
         self._ready: WorkerReady | None = None  # a worker that waits for its arena
         self._making_arena: threading.Thread | None = None
         self._arena_failure = ""
-        self._sealer = Sealer(run.recovery.fetch_s + 2 * run.recovery.suspect_s)
+        self._sealer = Sealer()
         self._started = self._last_round = time.monotonic()
         self._said_again = self._started
         self._told_tally = replace(self._wire.tally)
@@ -163,7 +163,9 @@ class Agent:
         if self._account.host_world:
             self._remind_host()
         if self._arena is not None:
-            for record, half in self._sealer.look(self._arena, time.monotonic()):
+            host_s = self._run.recovery.fetch_s if self._account.host_world else 0.0
+            patience_s = host_s + 2 * self._run.recovery.suspect_s
+            for record, half in self._sealer.look(self._arena, time.monotonic(), patience_s):
                 at = (record.generation, record.rank, record.step)
                 self._report(Sealed(self._node, *at, half, record.nbytes, record.checksum))
         for path in (self._arena.path if self._arena is not None else None, self._paths.socket(self._node)):

@@ -13,10 +13,10 @@ def test_what_waits_for_too_long_is_sealed_and_nothing_else(tmp_path: Path) -> N
     written = Record(State.WRITTEN, 2, 7, 5, 3)
     arena.write_record(OWN, 0, written)
     arena.write_record(OWN, 1, Record(State.WRITING, 2, 8, 5))
-    sealer = Sealer(10.0)
-    assert list(sealer.look(arena, 100.0)) == []
-    assert list(sealer.look(arena, 109.0)) == [] and arena.record(OWN, 0) == written
-    found = until(lambda: list(sealer.look(arena, 111.0)), "a seal", EVENT_S)
+    sealer = Sealer()
+    assert list(sealer.look(arena, 100.0, 10.0)) == []
+    assert list(sealer.look(arena, 109.0, 10.0)) == [] and arena.record(OWN, 0) == written
+    found = until(lambda: list(sealer.look(arena, 111.0, 10.0)), "a seal", EVENT_S)
     sealed = written._replace(state=State.SEALED, checksum=checksum(arena.payload(OWN, 0)[:3]))
     assert found == [(sealed, 0)] and arena.record(OWN, 0) == sealed
     assert arena.record(OWN, 1).state is State.WRITING

@@ -51,3 +51,13 @@ def test_a_place_holds_one_snapshot() -> None:
     turn = Turn(cluster({(2, 7): {"n4": copy(1), "n2": copy(1)}}), 0.0)
     turn.add_copy(0, 7, "n4", copy(1))
     assert {key: set(places) for key, places in turn.cluster.copies.items()} == {(2, 7): {"n2"}, (0, 7): {"n4"}}
+
+
+def test_without_a_window_host_a_node_restores_what_lies_in_its_own_area_alone() -> None:
+    """Not even what it holds for another: that has to be read, too."""
+    for area, step in ((0, 7), (1, 5)):
+        copies = {(rank, 7): {NODES[rank]: copy(3, area if rank == 1 else 0)} for rank in range(4)}
+        turn = Turn(cluster(copies, published=5), 0.0)
+        turn.set_member("n1", hostless=True)
+        found = plan(turn.cluster)
+        assert found is not None and found.ranks[1] == "n1" and found.step == step

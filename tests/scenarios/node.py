@@ -266,7 +266,8 @@ class Node:
 
     def _seal(self, half: int) -> None:
         """Take the place of a window host that does not seal what was written."""
-        content, patience_s = self.arena.get((0, half)), self.sim.rules.fetch_s + 2 * self.sim.rules.suspect_s
+        content, rules = self.arena.get((0, half)), self.sim.rules
+        patience_s = (rules.fetch_s if self.account.host_world else 0.0) + 2 * rules.suspect_s
         if content is None or content.record != "written":
             self._unsealed.pop(half, None)
             return

@@ -77,6 +77,7 @@ class Simulation:
         self.persist_fails: Callable[[m.Command], bool] = lambda order: False
         self.no_writes: set[str] = set()  # nodes that cannot write to the persistent tier
         self.no_host: set[str] = set()  # nodes whose window host does not start
+        self.bad_host: set[str] = set()  # nodes whose window host starts, and dies before the others are ready
         self.no_worlds_until = 0.0  # before then no window host starts at all
         self.areas = held_by(self.rules.world_size, self.rules.replicas)
         # what a test may look at or interfere with
@@ -347,6 +348,9 @@ class Simulation:
             self.after(self.some(0.05), node.from_child, m.Hello(node.name, "host", 1, order.world))
         if len(able) == len(members):
             self.after(self.some(self.host_s), self._world_ready, hosts)
+            for node in members:
+                if node.name in self.bad_host:
+                    self.after(self.some(self.host_s / 2), node.end_host)
         else:
             if not self.chance(0.5):  # else nobody says anything
                 self.after(self.some(0.3), self._world_failed, order.world)

@@ -160,7 +160,18 @@ def test_what_no_spare_can_read_goes_through_the_persistent_tier() -> None:
     cluster.run(lambda c: c.running() and c.cluster.generation > 1)
     plan = cluster.cluster.plan
     assert plan is not None and plan.step >= 100 and {source.tier for source in plan.sources.values()} == {"persistent"}
+    cluster.run(lambda c: c.cluster.safe_step > plan.step)
+    assert [note["step"] for note in cluster.said("persisted")] == [plan.step]
     assert cluster.run(Simulation.over, 200).outcome == "finished"
+
+
+def test_what_is_saved_before_the_nodes_are_taken_away_is_saved_once_and_the_run_ends() -> None:
+    cluster = unreadable(("n4", "n3"), ("n5", "n3"))
+    cluster.persist_s = 1.0
+    cluster.run(lambda c: c.cluster.phase is Phase.SAVING)
+    cluster.suspend()
+    cluster.run(Simulation.over, 10)
+    assert cluster.outcome == "suspended" and max(cluster.manifests) >= 100
 
 
 def test_what_can_be_neither_read_nor_saved_stops_the_run_rather_than_starting_it_afresh() -> None:

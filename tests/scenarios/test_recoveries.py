@@ -594,6 +594,118 @@ def test_where_no_window_host_starts_another_node_takes_the_rank(broken: str) ->
     assert cluster.cluster.worlds == worlds, "it is not asked again"
 
 
+def test_whose_host_is_the_first_to_go_is_left_out_first() -> None:
+    cluster = started(nodes=6, total_steps=5000, persist_every=5000)
+    cluster.bad_host.add("n2")
+    cluster.crash_host("n2")
+    cluster.run(lambda c: bool(c.said("no_host")), 120.0)
+    without = [note["reason"] for note in cluster.said("world") if note["reason"].startswith("without")]
+    assert without == ["without n2"] * 2, "once more after it was tried with all"
+    assert all(
+        member.blamed == member.absences == 0 for member in cluster.cluster.members.values() if member.host_world
+    )
+
+
+def test_two_nodes_on_which_no_window_host_begins_are_left_out_together() -> None:
+    cluster = started(nodes=7, total_steps=5000, persist_every=5000)
+    cluster.lose_host("n1")
+    cluster.lose_host("n5")
+    cluster.run(lambda c: "n1" not in c.cluster.ranks.values() and not c.cluster.exposed, 120.0)
+    assert [note["target"] for note in cluster.said("no_host")] == ["n1", "n5"]
+
+
+def test_nobody_is_to_blame_for_worlds_that_another_did_not_let_start() -> None:
+    """It died meanwhile; or none could be started anywhere, for a while."""
+    cluster = started(nodes=7, total_steps=5000, persist_every=5000)
+    cluster.lose_host("n2")
+    cluster.run(lambda c: c.cluster.world.failures >= 3, 60.0)
+    cluster.kill_node("n2")
+    cluster.run(lambda c: c.running() and not c.cluster.exposed)
+    cluster.lose_launcher(4.0)
+    cluster.run(lambda c: c.cluster.world.failures >= 3, 60.0)
+    cluster.run(lambda c: c.cluster.world.state == "ready" and not c.cluster.world.left_out, 60.0)
+    cluster.run_for(20.0)
+    assert not cluster.said("no_host") and not any(m.hostless or m.doubted for m in cluster.cluster.members.values())
+
+
+def test_a_move_from_a_node_without_a_host_costs_no_training() -> None:
+    cluster = started(nodes=6, total_steps=5000, persist_every=5000)
+    cluster.lose_host("n2")
+    cluster.run(lambda c: len(c.said("plan")) > 1, 120.0)
+    assert cluster.said("plan")[-1]["step"] >= cluster.most_trained - 3.0 / cluster.step_s
+
+
+def test_where_the_persistent_tier_is_down_a_rank_stays_where_it_can_be_restored() -> None:
+    cluster = started(nodes=6, total_steps=5000, persist_every=5000)
+    cluster.lose_host("n2")
+
+    def moves(sim: Simulation) -> bool:
+        """What is in memory is about to be written: from now on it cannot be."""
+        if any(note["reason"].startswith("step ") for note in sim.said("save")):
+            sim.no_writes |= set(sim.rules.nodes)
+        return len(sim.said("plan")) > 1
+
+    cluster.run(moves, 120.0)
+    assert tiers(cluster, 2) == ["local"] * 4 and cluster.cluster.ranks[2] == "n2"
+    cluster.no_writes.clear()
+    cluster.run(lambda c: "n2" not in c.cluster.ranks.values() and not c.cluster.exposed, 120.0)
+
+
+def test_a_takeover_remembers_on_whom_no_host_starts() -> None:
+    """And the rank of the lost one goes to a spare that is in the MPI world, while that one still is."""
+    cluster = started(nodes=7, total_steps=5000, persist_every=5000)
+    cluster.lose_host("n4")
+    cluster.run(lambda c: bool(c.said("no_host")) and not c.cluster.exposed, 120.0)
+    cluster.kill_node("n0")
+    cluster.run(lambda c: c.running() and "n0" not in c.cluster.ranks.values(), 2.0)
+    assert "n4" not in cluster.cluster.ranks.values()
+    cluster.run(lambda c: len(c.said("no_host")) > 1 and c.cluster.world.state == "ready", 60.0)
+
+
+@pytest.mark.parametrize("kind", ["drain", "host"])
+def test_a_rank_that_was_given_away_does_not_come_straight_back(kind: str) -> None:
+    """Though its node is idle and has an engine that is built as this rank."""
+    cluster = started(nodes=6, total_steps=5000, persist_every=5000)
+    if kind == "drain":
+        cluster.drain("n2")
+    else:
+        cluster.lose_host("n2")
+    cluster.run(lambda c: len(c.said("plan")) > 1, 120.0)
+    cluster.run(lambda c: c.running() and not c.cluster.exposed)
+    assert "n2" not in cluster.cluster.ranks.values() and len(cluster.said("plan")) == 2
+
+
+def test_a_holder_outside_the_mpi_world_is_not_asked() -> None:
+    cluster = started(nodes=6, world_size=3, replicas=3, total_steps=5000, persist_every=5000)
+    cluster.lose_host("n0")
+    cluster.kill_node("n2")
+    cluster.run(lambda c: c.running() and c.cluster.generation > 1, 2.0)
+    assert tiers(cluster, 2).count("peer") == 1
+
+
+def test_whoever_cannot_publish_is_asked_last() -> None:
+    cluster = started(total_steps=5000, persist_every=5000)
+    safe = cluster.cluster.safe_step
+    cluster.no_writes.add("n0")
+    cluster.suspend()
+    cluster.run(Simulation.over, 20.0)
+    assert max(cluster.manifests) >= safe
+    assert len(cluster.ordered(m.Publish)) < 10
+
+
+def test_what_is_damaged_is_not_saved_again_and_again() -> None:
+    """An older step that is whole is, and in time."""
+    cluster = started(total_steps=5000, persist_every=5000)
+    safe = cluster.cluster.safe_step
+    for node in cluster.nodes.values():
+        for (area, half), content in node.arena.items():
+            if content.rank == 1 and content.step > safe:
+                cluster.corrupt(node.name, area, half)
+    cluster.suspend()
+    cluster.run(Simulation.over, 5.0)
+    assert max(cluster.manifests) >= safe
+
+
 def test_what_its_owner_cannot_write_to_the_persistent_tier_is_written_by_its_partner() -> None:
     cluster = started(total_steps=60)
     cluster.no_writes.add("n1")
