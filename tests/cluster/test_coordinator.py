@@ -9,7 +9,7 @@ import pytest
 
 from gemini_hpc.analysis.timeline import recoveries
 from gemini_hpc.runtime.processes import state_of
-from tests.cluster.matrix import STEPS, Matrix, References, assert_identical, start
+from tests.cluster.matrix import STEPS, STOPPED, Matrix, References, assert_identical, start
 from tests.cluster.runs import EVENT_S, START_S, Run, call, drill, drills, until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
@@ -158,3 +158,18 @@ def test_without_a_majority_nobody_acts_and_status_says_so(
             os.kill(pid, signal.SIGCONT)
         run.wait_for_end()
         assert_identical(run, references(3, STEPS))
+
+
+@pytest.mark.faults
+@pytest.mark.long
+def test_most_agents_are_silent_for_ever(tmp_path: Path, matrix: Matrix) -> None:
+    """Nobody may lead any more, and who could has given up: the run is over, and nothing of it is left."""
+    with start_strict(tmp_path, "recovery.build_s=60", spares=0) as run:
+        run.wait_for_training(3)
+        struck = time.time()
+        for node in ("node1", "node2"):
+            run.kill(AGENT, node, signal.SIGSTOP)
+        run.wait_for_end(1)
+        assert run.status["state"] == "suspended" and "nobody has led" in run.status["reason"], run.status
+        end_ms = 1000 * (run.events("run")[-1]["t"] - struck)
+        matrix.enter("the agents of most nodes SIGSTOP for ever", "stopped", None, end_ms, STOPPED)
