@@ -1,6 +1,7 @@
 """Runs on a real Slurm: its nodes vanish or are drained, its jobs are queued again."""
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ import pytest
 
 from gemini_hpc.analysis.timeline import recoveries
 from tests.cluster.matrix import STEPS, Matrix, References, assert_identical
-from tests.cluster.runs import START_S, command, reference_losses, until
+from tests.cluster.runs import GONE_S, START_S, command, reference_losses, until
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.jobs import SlurmRun
 
@@ -148,6 +149,33 @@ def test_the_script_works_as_it_is_from_the_root_of_the_repository(cluster: Slur
         cluster.run("scancel", job)
     (status,) = runs.glob(f"*/gemini_hpc/runs/*job-{job}*/status.json")
     assert json.loads(status.read_text())["state"] == "finished"
+
+
+def test_jupyter_runs_on_a_compute_node_and_opens_to_its_token_alone(cluster: SlurmCluster, tmp_path: Path) -> None:
+    output = tmp_path / "jupyter.out"
+    (tmp_path / "jupyter_server_config.json").write_text('{"ServerApp": {"allow_root": true}}')  # as the tests are
+    flags = ["--parsable", f"--output={output}", f"--export=ALL,JUPYTER_CONFIG_DIR={tmp_path}"]
+    told = cluster.run("sbatch", *flags, "sbatch/jupyter.sh", cwd=ROOT)
+    assert told.returncode == 0, told.stderr
+    job = told.stdout.strip()
+    secret = ROOT / f"jupyter-{job}.token"
+
+    def answer(*headers: str) -> str:
+        """What comes back through the way that it tells, for which the login node stands in."""
+        tunnel = re.search(r"ssh -N -L \d+:(\S+):(\d+) ", output.read_text() if output.exists() else "")
+        if tunnel is None:
+            return ""
+        return cluster.run("curl", "-s", *headers, f"http://{tunnel[1]}:{tunnel[2]}/api/status").stdout
+
+    try:
+        until(lambda: "Forbidden" in answer(), "an answer that asks for a token", START_S)
+        token = secret.read_text().strip()
+        assert secret.stat().st_mode & 0o777 == 0o600 and token not in output.read_text()
+        assert "kernels" in answer("-H", f"Authorization: token {token}")
+    finally:
+        cluster.run("scancel", job)
+    until(lambda: not cluster.run("squeue", "-h", "-j", job).stdout.strip(), "the end of the job", GONE_S)
+    assert not secret.exists()
 
 
 def test_scancel_ends_everything_at_once(cluster: SlurmCluster, tmp_path: Path) -> None:
