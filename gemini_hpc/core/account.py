@@ -139,5 +139,6 @@ class Account:
             world=host.world if host else 0,
             members=host.members if host else (),
             host=host is not None and host.world == self.host_world,
+            safe_step=self.safe_step,
             held=tuple(held),
         )

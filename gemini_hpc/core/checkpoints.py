@@ -87,9 +87,12 @@ def _end_saving(turn: Turn, how: str) -> None:
     """
     cluster = turn.cluster
     newest, _ = newest_complete(cluster.copies, cluster.rules.world_size)
-    saved = turn.published_step() >= newest
+    saved = turn.published_step() >= max(newest, 0)
     at_home = {} if saved else _at_home(cluster, newest)
-    if cluster.stops_as or not (saved or at_home or cluster.published or not cluster.surveyed):
+    goes_on = not cluster.stops_as and (saved or at_home or cluster.published)
+    if not (goes_on or cluster.stops_as or cluster.surveyed) and turn.in_phase_for() < 2 * cluster.rules.finish_s:
+        return  # perhaps there is an older checkpoint; and what could not be saved may be yet
+    if not goes_on:
         turn.finish(cluster.stops_as or "stopped", f"{cluster.stopping}; {how}")
         return
     if at_home:

@@ -133,7 +133,8 @@ def _on_inventory(turn: Turn, event: Inventory) -> None:
         store=event.store,
         snapshot_bytes=event.snapshot_bytes,
         host_world=event.world if event.host else 0,
-        doubted=not event.host and event.snapshot_bytes > 0,
+        blamed=int(not event.host and event.snapshot_bytes > 0),
+        told_safe=event.safe_step,
     )
     if event.generation:
         turn.set(begun=True)
@@ -352,7 +353,7 @@ def _on_host_ready(turn: Turn, event: HostReady) -> None:
     if all(members[n].host_world == world.number for n in world.members if members[n].alive):
         turn.set(world=changed(world, state="ready", since=turn.now, failures=0))
         for node in world.members:
-            turn.set_member(node, blamed=0, absences=0, doubted=False)
+            turn.set_member(node, blamed=0, absences=0, doubted=False, chances=0)
         turn.note("world", number=world.number, state="ready", reason="")
 
 

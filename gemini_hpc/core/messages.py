@@ -47,7 +47,8 @@ class Inventory(Event):
 
     `worker`: building, idle, busy or lost; it was last told to join `generation` as `rank` (0 and -1: never).
     `world`: the newest MPI world that it had a host in, of `members`; `host`: that one is ready.
-    `held`: the sealed snapshots as (area, half, rank, step, generation, nbytes, checksum).
+    `safe_step`: what it was last told to be safe. `held`: the sealed snapshots as (area, half, rank, step, generation,
+    nbytes, checksum).
     """
 
     term: int
@@ -61,6 +62,7 @@ class Inventory(Event):
     world: int
     members: tuple[str, ...]
     host: bool
+    safe_step: int
     held: tuple[tuple[int, ...], ...]
 
 

@@ -73,9 +73,12 @@ def _keep_world(turn: Turn) -> None:
 
 def _is_read_in(turn: Turn, world: World) -> bool:
     """Whether a new member can fetch in this world: a recovery does not wait for another one."""
-    cluster = turn.cluster
-    takers = [node for rank, node in cluster.ranks.items() if rank not in cluster.fetched]
-    return cluster.phase is Phase.GATHERING and any(cluster.members[n].host_world == world.number for n in takers)
+    cluster, plan = turn.cluster, turn.cluster.plan
+    if cluster.phase is not Phase.GATHERING or plan is None:
+        return False
+    there = {member.node for member in turn.alive if member.host_world == world.number}
+    takers = [(rank, node) for rank, node in cluster.ranks.items() if rank not in cluster.fetched and node in there]
+    return any(there & cluster.copies.get((rank, plan.step), {}).keys() - {node} for rank, node in takers)
 
 
 def _left_out(world: World, hosts: list[Member]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -93,7 +96,7 @@ def _left_out(world: World, hosts: list[Member]) -> tuple[tuple[str, ...], tuple
 def _judge_hosts(turn: Turn) -> None:
     """The world started: whoever was left out of it is to blame, if it is so twice: it may have been chance.
 
-    One that cannot be spared gets another chance now and then.
+    One that cannot be spared gets another chance now and then, others ever more rarely.
     """
     cluster, world = turn.cluster, turn.cluster.world
     left_out = [cluster.members[node] for node in world.left_out]
@@ -106,10 +109,11 @@ def _judge_hosts(turn: Turn) -> None:
         for m in left_out:
             turn.set_member(m.node, doubted=True)
         turn.set(world=changed(world, state="lost", left_out=(), tried=()))
-    elif turn.now - world.since > WORLD_REST_S:
-        for node in cluster.ranks.values():
-            if cluster.members[node].hostless and not recovery.has_substitute(cluster, node):
-                turn.set_member(node, hostless=False, doubted=True)
+    else:
+        for m in [m for m in turn.alive if m.hostless]:
+            needed = m.node in cluster.ranks.values() and not recovery.has_substitute(cluster, m.node)
+            if turn.now - world.since > WORLD_REST_S * (1 if needed else 2 ** min(m.chances + 1, 7)):
+                turn.set_member(m.node, hostless=False, doubted=True, chances=m.chances + 1)
 
 
 def _form(turn: Turn) -> None:
@@ -122,9 +126,10 @@ def _form(turn: Turn) -> None:
     cluster = turn.cluster
     if not cluster.surveyed:  # nobody waits for a file system that is not needed
         step, _ = recovery.newest_complete(cluster.copies, cluster.rules.world_size)
-        if step == FRESH and turn.in_phase_for() > cluster.rules.finish_s:
+        overdue = turn.in_phase_for() > cluster.rules.finish_s
+        if step == FRESH and overdue:
             turn.save_and_stop("the persistent tier does not say which checkpoints it has")
-        if step == FRESH:
+        if step == FRESH or (step < max(m.told_safe for m in turn.alive) and not overdue):
             return
     if not cluster.begun and any(m.worker is not Worker.IDLE for m in turn.alive):
         return  # the first time, wait for all that were asked for
@@ -334,6 +339,9 @@ def _watch_replication(turn: Turn) -> None:
     if not 0 <= cluster.ahead_since < turn.now - rules.fetch_s - rules.suspect_s:
         return
     turn.set(ahead_since=turn.now)
+    assert cluster.plan is not None
+    if cluster.plan.step == turn.published_step() > cluster.safe_step:
+        turn.make_safe(cluster.plan.step)  # from which all went on: nobody need write it again
     if not cluster.lags:
         turn.set(exposed=True, lags=True)
         why = "; ".join(replication.hindrances(cluster)) or "replication is too slow"
@@ -359,7 +367,7 @@ def _leave_nodes(turn: Turn, advanced: bool) -> bool:
         turn.set(complete=newest)
     for node in cluster.ranks.values() if advanced else ():
         member = cluster.members[node]
-        if (member.drains or member.hostless) and recovery.has_substitute(cluster, node):
+        if (member.drains or member.hostless) and recovery.has_substitute(cluster, node, at_once=True):
             why = f"Slurm drains {node}" if member.drains else f"no window host starts on {node}"
             turn.replace(node, f"{why}; another takes its place")
             return True

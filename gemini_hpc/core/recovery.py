@@ -49,9 +49,10 @@ def assign(cluster: Cluster) -> dict[int, str] | None:
     return dict(sorted(ranks.items())) if len(ranks) == cluster.rules.world_size else None
 
 
-def has_substitute(cluster: Cluster, node: str) -> bool:
-    """Whether a spare is left that is a better choice than `node`."""
-    return any(not member.last_choice for member in _spares(cluster, {*cluster.ranks.values(), node}))
+def has_substitute(cluster: Cluster, node: str, at_once: bool = False) -> bool:
+    """Whether a spare is left that is a better choice than `node`; `at_once`: its engine is built, too."""
+    spares = _spares(cluster, {*cluster.ranks.values(), node})
+    return any(_is_ready(member) if at_once else not member.last_choice for member in spares)
 
 
 def _is_ready(member: Member) -> bool:

@@ -56,6 +56,7 @@ class Member:
     alive: bool = True
     due: float = 0.0  # by when it must have reported what it has
     held: tuple[tuple[int, ...], ...] | None = None  # what it reported to lie in its arena; None = not yet
+    told_safe: int = FRESH  # the step that a coordinator before this one called safe
     heard: float = -1.0  # when it last spoke; -1 = never yet
     evidence: Mapping[str, float] = field(default_factory=dict)  # kind -> since when it is suspect for it
     worker: Worker = Worker.BUILDING
@@ -71,6 +72,7 @@ class Member:
     blamed: int = 0  # MPI worlds in a row that did not start, and its window host was the first to go
     doubted: bool = False  # an MPI world started without it, and not with it: that is tried once more
     hostless: bool = False  # and did not with it again
+    chances: int = 0  # that it was given since
     restarts: int = 0
     votes: bool = True  # it can elect another coordinator
     deaf: bool = False  # it could not read a snapshot that it was to restore

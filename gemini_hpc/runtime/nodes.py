@@ -17,7 +17,7 @@ import zmq
 from gemini_hpc.config import RunConfig
 from gemini_hpc.core.codec import Message
 from gemini_hpc.core.messages import Finish, Lead, NodeExited, NodeUp, Retire, StartWorld, Suspend, Voters, WorldFailed
-from gemini_hpc.runtime.allocation import Allocation, Embedded
+from gemini_hpc.runtime.allocation import Embedded
 from gemini_hpc.runtime.children import DYING_WITH_US, NOT_WAITED_FOR, Child, open_log, python
 from gemini_hpc.runtime.cluster import CLUSTER, LOOPBACK, NODES, RETURNED, nodes_of, own_address
 from gemini_hpc.runtime.living import note_job
@@ -31,6 +31,9 @@ POLL_MS = 100
 SUSPEND_S = 1.0
 """How often the agents are told that the nodes are taken away: a new coordinator may not have heard."""
 
+AWAY_S = 1.0
+"""A pause between two turns that is longer than this is one of our own: we did not run."""
+
 PATIENCE_S = 5.0
 """How long agents may take to leave after the end of the run."""
 
@@ -43,8 +46,6 @@ STEPS_S, STEPS_POLL_S, DESERTED_LOOKS = 15.0, 0.5, 2
 
 class Nodes(ABC):
     """All agents of a run, as processes that this one started."""
-
-    _forsaken_timeouts = Embedded.forsaken_timeouts
 
     def __init__(self, paths: RunPaths, run: RunConfig, address: str) -> None:
         self._paths, self._run = paths, run
@@ -90,15 +91,7 @@ class Nodes(ABC):
             self._tell_all(self._suspend)
         if not self._alive and not self._return_at:
             return Finish("", "suspended", "no node is left; go on from the newest checkpoint")
-        if (silent_s := time.monotonic() - self._led) > self._leaderless_s():
-            why = f"nobody has led for {silent_s:.0f} s, for most of those who vote are silent"
-            return Finish("", "suspended", f"{why}; go on from the newest checkpoint")
         return None
-
-    def _leaderless_s(self) -> float:
-        """Return for how long nobody may lead: at the start, or when those who could have given up."""
-        recovery = self._run.recovery
-        return recovery.build_s + self._forsaken_timeouts * recovery.heartbeat_timeout_s
 
     def suspend(self, reason: str) -> None:
         """Have the run saved and ended: the nodes are about to be taken away."""
@@ -173,6 +166,7 @@ class VirtualNodes(Nodes):
     """The embedded cluster: nodes are child processes, and MPI worlds are launched here."""
 
     def __init__(self, paths: RunPaths, run: RunConfig) -> None:
+        self._turned = time.monotonic()
         self._world: subprocess.Popen[bytes] | None = None
         self._world_number = 0
         self._windows_log = open_log(paths.logs / "windows.log")
@@ -183,7 +177,16 @@ class VirtualNodes(Nodes):
         return ["/usr/bin/env", *told, *python("gemini_hpc.runtime.agent", str(self._paths.run_dir), node)]
 
     def turn(self) -> Finish | None:
+        away_s = time.monotonic() - self._turned
         end = super().turn()
+        self._turned = time.monotonic()
+        if away_s > AWAY_S:  # what was said meanwhile may not have been read yet
+            self._led = self._turned
+        recovery = self._run.recovery
+        bound_s = recovery.build_s + Embedded.forsaken_timeouts * recovery.heartbeat_timeout_s
+        if end is None and self._turned - self._led > bound_s:  # and whoever could have led has given up
+            why = f"nobody has led for {bound_s:.0f} s, for most of those who vote are silent"
+            end = Finish("", "suspended", f"{why}; go on from the newest checkpoint")
         self._watch_world()
         for node in [node for node, due in self._return_at.items() if time.monotonic() >= due]:
             del self._return_at[node]
@@ -242,8 +245,6 @@ class SlurmNodes(Nodes):
     Its srun is our child, and is killed as soon as the agent is up, which outlives it: at the SIGTERM with which Slurm
     begins the end of a job, or its preemption, srun would kill the agent at once.
     """
-
-    _forsaken_timeouts = Allocation.forsaken_timeouts
 
     def __init__(self, paths: RunPaths, run: RunConfig) -> None:
         self._job = this_job(run.site.call_timeout_s)

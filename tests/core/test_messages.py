@@ -202,7 +202,7 @@ def test_wrong_names_in_a_list_are_refused() -> None:
 
 @pytest.mark.parametrize("held", [[1], [["x"]], [[1.5]], [[True]], [[[1]]], "x", [{}]])
 def test_wrong_items_of_an_inventory_are_refused(held: Any) -> None:
-    good = messages.Inventory("a", 1, "idle", "", 1, 0, 0, "s", 9, 1, ("a",), True, ((0, 1, 2, 3, 4, 5, 6),))
+    good = messages.Inventory("a", 1, "idle", "", 1, 0, 0, "s", 9, 1, ("a",), True, 7, ((0, 1, 2, 3, 4, 5, 6),))
     assert decode(good.encode()) == good
     with pytest.raises(MessageError):
         decode(json.dumps({**json.loads(good.encode()), "held": held}).encode())

@@ -69,7 +69,7 @@ def inventory(node: str, **changes: Any) -> m.Inventory:
         "built_rank": 0,
         "store": f"{node}:1",
     }
-    arena = {"snapshot_bytes": 9, "world": 0, "members": (), "host": False, "held": ()}
+    arena = {"snapshot_bytes": 9, "world": 0, "members": (), "host": False, "safe_step": -1, "held": ()}
     return m.Inventory(node, **(idle | arena | changes))
 
 

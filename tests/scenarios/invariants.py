@@ -32,6 +32,7 @@ class Invariants:
         self._sim = sim
         self._obeyed: dict[int, tuple[str, int]] = {}  # generation -> whose orders were obeyed in it
         self._reached: dict[tuple[str, int], int] = {}  # (node, life) -> the newest generation that it obeyed
+        self._safe_on_disk = FRESH  # the step that counts as safe because of its checkpoint alone
         self._safe: dict[int, dict[int, int]] = {}  # step -> rank -> checksum, of the newest safe step
 
     def one_history(self, at_step: int, contents: "dict[int, Content | None]") -> int:
@@ -86,6 +87,8 @@ class Invariants:
         for order in orders:
             if isinstance(order, m.Note) and order.event == "safe":
                 self._note_safe(after, order.details["step"])
+            elif isinstance(order, m.Note) and order.event == "persisted" and after.safe_step == order.details["step"]:
+                self._safe_on_disk = after.safe_step
             elif isinstance(order, m.Note) and order.event == "plan":
                 self._planned(after, order.details["step"], order.details["reason"])
             elif isinstance(order, m.Finish) and not order.node and order.state in ("stopped", "suspended"):
@@ -122,6 +125,9 @@ class Invariants:
             self._safe = {at_step: checksums}
 
     def _planned(self, cluster: Cluster, to_step: int, reason: str) -> None:
+        if to_step < self._safe_on_disk and self._lies_on_disk(self._safe_on_disk):
+            raise Broken(f"I3: back to step {to_step}, though step {self._safe_on_disk} is on disk ({reason})")
+        self._safe_on_disk = FRESH
         for at_step, checksums in self._safe.items():
             if to_step >= at_step:
                 continue
@@ -137,6 +143,12 @@ class Invariants:
             whole = all(self._survives(cluster, rank, at_step, checksum) for rank, checksum in checksums.items())
             if saved < at_step and whole and "could not be saved in time" not in reason:
                 raise Broken(f"I5: stopped with step {saved} saved, though step {at_step} is whole: {reason}")
+
+    def _lies_on_disk(self, at_step: int) -> bool:
+        sim = self._sim
+        entries = sim.manifests.get(at_step, {})
+        files = [sim.files.get((at_step, rank, entry[2])) for rank, entry in entries.items()]
+        return bool(files) and all(file is not None and file.intact for file in files)
 
     def _survives(self, cluster: Cluster, rank: int, at_step: int, checksum: int) -> bool:
         for name, member in cluster.members.items():
