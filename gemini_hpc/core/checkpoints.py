@@ -68,10 +68,11 @@ def save(turn: Turn) -> None:
             continue
         places = cluster.copies.get((rank, cluster.persisting), {})
         if not places:  # whoever held it died: an older step may still be whole
+            wanted = cluster.persisting
+            turn.note("persist_failed", step=wanted, rank=rank, reason="nobody has it any more")
             turn.save_newest()
-            turn.note("persist_failed", step=cluster.persisting, rank=rank, reason="nobody has it any more")
             if turn.cluster.persisting == FRESH:
-                _end_saving(turn, f"rank {rank} of step {cluster.persisting} could not be saved")
+                _end_saving(turn, f"rank {rank} of step {wanted} could not be saved")
             return
         node = _saver(turn, rank, places)
         copy = places[node]
