@@ -42,9 +42,20 @@ def _node(cluster: Cluster, member: Member, now: float) -> dict[str, Any]:
         "rank": rank,
         "worker": member.worker.value if member.alive else None,
         "suspected_for": sorted(member.evidence),
+        "avoided_for": _why_avoided(member),
         "heard_s_ago": round(now - member.heard, 2) if member.heard >= 0 else None,
         "restarts": member.restarts,
     }
+
+
+def _why_avoided(member: Member) -> list[str]:
+    """Say why any other node is preferred for a rank."""
+    reasons = {
+        "Slurm drains it": member.drains,
+        "no window host starts on it": member.hostless,
+        "it could not read a snapshot": member.deaf,
+    }
+    return [reason for reason, holds in reasons.items() if holds and member.alive]
 
 
 def _trains(cluster: Cluster) -> bool:

@@ -585,6 +585,8 @@ def test_where_no_window_host_starts_another_node_takes_the_rank(broken: str) ->
     cluster.run(lambda c: bool(c.said("no_host")), 120.0)
     cluster.run(lambda c: broken not in c.cluster.ranks.values() and not c.cluster.exposed, 60.0)
     assert [note["target"] for note in cluster.said("no_host")] == [broken]
+    avoided = {n["node"]: n["avoided_for"] for n in describe(cluster.cluster, cluster.now)["nodes"] if n["avoided_for"]}
+    assert avoided == {broken: ["no window host starts on it"]}
     assert len(cluster.said("plan")) == (1 if broken == "n4" else 2)
     safe = cluster.cluster.safe_step
     cluster.kill_node("n1")

@@ -57,7 +57,16 @@ STATUS = {
     "protected": True,
     "waiting_for": ["node1"],
     "waiting_s": 0.5,
-    "nodes": [{"node": "node0", "status": "active", "rank": 0, "worker": "training", "suspected_for": ["exit"]}],
+    "nodes": [
+        {
+            "node": "node0",
+            "status": "active",
+            "rank": 0,
+            "worker": "training",
+            "suspected_for": ["exit"],
+            "avoided_for": [],
+        }
+    ],
     "verdict": "",
     "reason": "",
 }
