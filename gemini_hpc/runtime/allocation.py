@@ -47,6 +47,9 @@ LEAVING_S = 10.0
 SUSPEND_S = 1.0
 """How often it is said that the job is preempted: a new coordinator may not have heard."""
 
+ANSWER_S, UNANSWERED_S = 5.0, 20.0
+"""How long one question what SIGTERM means may take, and all: SIGKILL follows after KillWait, by default 30 s."""
+
 SEE_OUT_POLL_S = 0.5
 ECHO_S = 10.0
 """A supervisor that lives says within this time that it has heard of the end."""
@@ -159,10 +162,17 @@ class Allocation(Embedded):
         threading.Thread(target=self._find_out, daemon=True).start()
 
     def _find_out(self) -> None:
-        try:
-            self._preempted = self._job.goes_on()
-        except SlurmError:
-            self._preempted = False
+        """Until Slurm answers the run is saved, as before a preemption: at the end of a job that does no harm."""
+        job, deadline = this_job(ANSWER_S), time.monotonic() + UNANSWERED_S
+        while True:
+            try:
+                self._preempted = job.goes_on()
+                break
+            except SlurmError:
+                self._preempted = time.monotonic() < deadline
+            if not self._preempted:
+                break
+            time.sleep(1.0)
         self.is_cancelled = not self._preempted
 
     def see_out(self, end: Finish, is_cancelled: Callable[[], bool]) -> None:

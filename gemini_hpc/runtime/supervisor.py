@@ -14,6 +14,7 @@ from gemini_hpc.config import RunConfig
 from gemini_hpc.core.messages import Finish
 from gemini_hpc.errors import GeminiError
 from gemini_hpc.persist import manifest
+from gemini_hpc.runtime.allocation import ANSWER_S
 from gemini_hpc.runtime.children import ATTACHED
 from gemini_hpc.runtime.closing import verify
 from gemini_hpc.runtime.drills import missed
@@ -188,10 +189,10 @@ def _taken_away(run: RunConfig) -> str:
         return f"told by SIGUSR2, {run.site.signal_delay_s} s before the time limit"
     if signal.SIGTERM in _signals and run.site.kind == "slurm":
         try:  # the end of a job begins with SIGTERM, and so does the grace before it is preempted
-            if this_job(run.site.call_timeout_s).goes_on():
+            if this_job(ANSWER_S).goes_on():
                 return "the job is about to be preempted"
-        except SlurmError:
-            pass
+        except SlurmError:  # agents go on asking, and leave when it is its end
+            return "told by SIGTERM, and Slurm does not say why"
     return ""
 
 

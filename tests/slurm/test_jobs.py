@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gemini_hpc.analysis.timeline import recoveries
-from tests.cluster.matrix import STEPS, Matrix, References, assert_identical
+from tests.cluster.matrix import STEPS, STOPPED, Matrix, References, assert_identical
 from tests.cluster.runs import GONE_S, START_S, command, reference_losses, until
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.jobs import SlurmRun
@@ -202,3 +202,27 @@ def test_a_preempted_job_is_saved_and_goes_on_when_there_are_nodes_again(
         run.wait_for_end()
         assert_identical(run, references(3, STEPS))
         assert not run.events("evict")
+
+
+@pytest.mark.faults
+@pytest.mark.long
+def test_a_preempted_job_is_saved_though_slurm_does_not_answer(
+    cluster: SlurmCluster, tmp_path: Path, references: References, matrix: Matrix
+) -> None:
+    """slurmctld is stopped as the grace begins: nobody can say whether it is that, or the end of the job."""
+    with SlurmRun(cluster, tmp_path, *shape(3, 1, STEPS), "protect.persist_every=1000") as run:
+        run.wait_for_training(step=10)
+        struck = time.time()
+        cluster.run("pkill", "-STOP", "slurmctld")
+        try:
+            for process in ("gemini_hpc.runtime.supervisor", "gemini_hpc.runtime.agent"):  # all of them, as slurmd does
+                cluster.run("pkill", "-TERM", "-f", f"-m {process}|{process} ")
+            saved = run.wait_for("persisted", since=struck)
+        finally:
+            cluster.run("pkill", "-CONT", "slurmctld")
+        assert saved["step"] >= 10
+        again = run.wait_for("run", AGAIN_S, node="cluster", state="started", since=struck)
+        assert again["step"] == saved["step"]
+        run.wait_for_end()
+        assert_identical(run, references(3, STEPS))
+        matrix.enter("Slurm: preempted while slurmctld does not answer", "saved, queued again", None, None, STOPPED)
