@@ -215,9 +215,9 @@ def test_a_preempted_job_is_saved_though_slurm_does_not_answer(
         struck = time.time()
         cluster.run("pkill", "-STOP", "slurmctld")
         try:
-            for process in ("gemini_hpc.runtime.supervisor", "gemini_hpc.runtime.agent"):  # all of them, as slurmd does
-                cluster.run("pkill", "-TERM", "-f", f"-m {process}|{process} ")
-            saved = run.wait_for("persisted", since=struck)
+            told = cluster.run("pkill", "-TERM", "-f", r"[g]emini_hpc\.runtime\.(supervisor|agent)")  # as slurmd does
+            assert told.returncode == 0
+            saved = until(lambda: run.events("persisted"), "a checkpoint", DOWN_S)[-1]
         finally:
             cluster.run("pkill", "-CONT", "slurmctld")
         assert saved["step"] >= 10
