@@ -74,8 +74,11 @@ class Schedule:
     def must_finish(self) -> bool:
         """I5: enough spares, and a majority that can speak."""
         lost = sum(fault.kind in COSTLY for fault in self.faults)
+        kinds = {fault.kind for fault in self.faults}
+        stuck = lost and "no_host" in kinds and kinds & {"no_tier", "bad_disk", "no_writes"}  # not read, and not saved
         return (
             not self.disorder
+            and not stuck
             and lost <= self.shape[1]
             and self.keeps_majority()
             and not any(fault.kind in ("corrupt_file", "suspend") or fault.other == CLUSTER for fault in self.faults)
