@@ -133,7 +133,7 @@ def _on_inventory(turn: Turn, event: Inventory) -> None:
         store=event.store,
         snapshot_bytes=event.snapshot_bytes,
         host_world=event.world if event.host else 0,
-        blamed=int(not event.host and event.snapshot_bytes > 0),
+        blamed=int(not event.host and event.snapshot_bytes > 0),  # perhaps none starts there
         told_safe=event.safe_step,
     )
     if event.generation:

@@ -164,15 +164,15 @@ class Allocation(Embedded):
     def _find_out(self) -> None:
         """Until Slurm answers the run is saved, as before a preemption: at the end of a job that does no harm."""
         job, deadline = this_job(ANSWER_S), time.monotonic() + UNANSWERED_S
-        while True:
+        while time.monotonic() < deadline:
             try:
                 self._preempted = job.goes_on()
                 break
             except SlurmError:
-                self._preempted = time.monotonic() < deadline
-            if not self._preempted:
-                break
-            time.sleep(1.0)
+                self._preempted = True
+                time.sleep(1.0)
+        else:
+            self._preempted = False
         self.is_cancelled = not self._preempted
 
     def see_out(self, end: Finish, is_cancelled: Callable[[], bool]) -> None:

@@ -351,9 +351,8 @@ class Simulation:
             for node in members:
                 if node.name in self.bad_host:
                     self.after(self.some(self.host_s / 2), node.end_host)
-        else:
-            if not self.chance(0.5):  # else nobody says anything
-                self.after(self.some(0.3), self._world_failed, order.world)
+        elif not self.chance(0.5):  # else nobody says anything
+            self.after(self.some(0.3), self._world_failed, order.world)
 
     def _world_failed(self, world: int) -> None:
         """The launcher ends the others; whether it or their agents say so first is chance."""
