@@ -7,13 +7,12 @@ the one that the others elected.
 import os
 import signal
 import sys
-import threading
 import time
 from dataclasses import replace
 
 import zmq
 
-from gemini_hpc.arena import COPY_TUNING, OWN, Arena, ArenaError, Geometry, State
+from gemini_hpc.arena import COPY_TUNING, OWN, Arena, State
 from gemini_hpc.config import RunConfig
 from gemini_hpc.core.account import Account
 from gemini_hpc.core.codec import Message
@@ -45,6 +44,7 @@ from gemini_hpc.core.messages import (
 from gemini_hpc.core.seat import Seat
 from gemini_hpc.runtime.allocation import Allocation, Embedded
 from gemini_hpc.runtime.archiving import Archiving
+from gemini_hpc.runtime.arena_maker import ArenaMaker
 from gemini_hpc.runtime.children import PARENT
 from gemini_hpc.runtime.cluster import CLUSTER, NODES, RETURNED
 from gemini_hpc.runtime.coordinator import Coordinator, rules_of
@@ -83,12 +83,9 @@ class Agent:
         self._server = self._wire.listen(self._cluster.address)
         self._poller = zmq.Poller()
         self._household = Household(paths, node, self._poller, self._wire.tally)
-        paths.arena(node).unlink(missing_ok=True)  # of this node's life before, if it had one
+        self._arena_maker = ArenaMaker(paths.arena(node), run.protect.replicas, paths.run_id)
         self._account = Account(node)
-        self._arena: Arena | None = None
         self._ready: WorkerReady | None = None  # a worker that waits for its arena
-        self._making_arena: threading.Thread | None = None
-        self._arena_failure = ""
         self._sealer = Sealer()
         self._started = self._last_round = time.monotonic()
         self._said_again = self._started
@@ -308,7 +305,7 @@ class Agent:
             return
         if isinstance(message, WorkerReady):
             self._ready = message
-            self._make_arena(message.snapshot_bytes)
+            self._arena_maker.make(message.snapshot_bytes)
             return
         if isinstance(message, WorkerLost):
             self._last_words, self._final = message.reason, message.final  # the coordinator hears of it when it exits
@@ -340,33 +337,19 @@ class Agent:
 
     # --- the arena ----------------------------------------------------------------------------------
 
-    def _make_arena(self, snapshot_bytes: int) -> None:
-        """Allocate and touch the arena in a thread: it may take seconds, and the heart must go on beating."""
-        geometry = Geometry(self._run.protect.replicas, snapshot_bytes)
-        if self._arena is not None:
-            if self._arena.geometry != geometry:
-                self._arena_failure = "its snapshots have another size than before"
-            return
-        path = self._paths.arena(self._node)
-
-        def make() -> None:
-            try:
-                self._arena = Arena.create(path, geometry, self._paths.run_id)
-            except ArenaError as error:
-                self._arena_failure = str(error)
-
-        self._making_arena = threading.Thread(target=make, daemon=True)
-        self._making_arena.start()
+    @property
+    def _arena(self) -> Arena | None:
+        return self._arena_maker.arena
 
     def _finish_arena(self) -> None:
         """Report the worker as ready once there is an arena for it."""
-        if self._ready is None or (self._making_arena is not None and self._making_arena.is_alive()):
+        if self._ready is None or self._arena_maker.is_busy():
             return
         ready, self._ready = self._ready, None
-        if self._arena_failure:
+        if self._arena_maker.failure:
             self._household.end("worker")
             self._final = True  # another worker would find no more room
-            self._lose_worker(self._arena_failure)
+            self._lose_worker(self._arena_maker.failure)
             return
         assert self._arena is not None
         self._log_memory(self._arena)
