@@ -149,7 +149,7 @@ def test_back_behind_the_safe_step_nothing_is_overwritten_too_early(tmp_path: Pa
 
     arena = Arena.create(tmp_path / "arena", Geometry(2, 4096), "test")
     agent = Agent.__new__(Agent)
-    agent._arena, agent._account = arena, Account("n0")
+    agent._arena_maker, agent._account = SimpleNamespace(arena=arena), Account("n0")
     agent._account.generation = 1
     agent._account.informs(m.Lead("n0", "n1", 1, 0.0, True))
     agent._household = SimpleNamespace(send=lambda *order: True, start=lambda *order: None)
@@ -170,7 +170,8 @@ def test_what_comes_too_late_or_to_the_wrong_node_changes_nothing_and_is_counted
     sent: list[Any] = []
     inbox: list[tuple[str, Any]] = []
     agent = Agent.__new__(Agent)
-    agent._node, agent._arena, agent._account = "n0", None, Account("n0")
+    agent._node, agent._account = "n0", Account("n0")
+    agent._arena_maker = SimpleNamespace(arena=None)
     agent._account.informs(m.Lead("n0", "n1", 1, 0.0, True))
     agent._seat = SimpleNamespace(leader="n1")
     agent._wire = SimpleNamespace(tally=Tally())
