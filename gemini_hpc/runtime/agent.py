@@ -206,6 +206,7 @@ class Agent:
     def _read_orders(self) -> None:
         while (received := self._server.receive()) is not None:
             sender, message = received
+            self._cluster.hears(sender)
             if isinstance(message, (RequestVote, Lead)):
                 for answer in self._role.obey(message):
                     self._server.send(sender, answer)

@@ -7,7 +7,6 @@ supervisor is no more.
 """
 
 import os
-import queue
 import signal
 import subprocess
 import sys
@@ -21,13 +20,14 @@ import zmq
 
 from gemini_hpc.config import RunConfig
 from gemini_hpc.core.codec import Message
-from gemini_hpc.core.messages import Finish, NodeDrains, NodeExited, Retire, StartWorld, Suspend, WorldFailed
+from gemini_hpc.core.messages import Finish, Retire, StartWorld, Suspend, WorldFailed
 from gemini_hpc.errors import GeminiError
 from gemini_hpc.runtime.children import DYING_WITH_US, NOT_WAITED_FOR, open_log, python
 from gemini_hpc.runtime.cluster import LOOPBACK, address_of, own_address
 from gemini_hpc.runtime.paths import RunPaths
 from gemini_hpc.runtime.processes import RunLock, sweep
 from gemini_hpc.runtime.wire import Client
+from gemini_hpc.runtime.witness import Witness
 from gemini_hpc.slurm.control import SlurmError, SlurmJob, step_environment, this_job
 from gemini_hpc.windows.launch import (
     THIS_NODE,
@@ -37,9 +37,6 @@ from gemini_hpc.windows.launch import (
     remove_mpi_leftovers,
     step_command,
 )
-
-ASK_S = 2.0
-"""Between two looks at the states of the nodes."""
 
 LEAVING_S = 10.0
 """How long to wait for an agent of the same run that is leaving this node."""
@@ -85,6 +82,9 @@ class Embedded:
     def ask(self, wanted: bool) -> None:
         """Look after the other nodes from now on, or do not. Here the supervisor always does."""
 
+    def hears(self, node: str) -> None:
+        """Take note that a node spoke to this one just now."""
+
     def told_to_end(self) -> None:
         """Take a signal that tells this node to end."""
         self.is_cancelled = True
@@ -114,7 +114,7 @@ class Allocation(Embedded):
         self._supervisor_closes = False  # it has said that it knows of the end of the run
         self._dismissed = False  # and that it is done with it
         self._windows_log = open_log(paths.logs / "windows.log")
-        self._witness = Witness(self._job, nodes)
+        self._witness = Witness(self._job, node, nodes, run.recovery.heartbeat_timeout_s)
         self._lock = RunLock(paths.lock)
         self._claim()
 
@@ -152,10 +152,10 @@ class Allocation(Embedded):
         return message
 
     def ask(self, wanted: bool) -> None:
-        if wanted:
-            self._witness.wanted.set()
-        else:
-            self._witness.wanted.clear()
+        self._witness.want(wanted)
+
+    def hears(self, node: str) -> None:
+        self._witness.hears(node)
 
     def told_to_end(self) -> None:
         """Find out, in a thread, what SIGTERM means: the end of a job begins with it, and so does its preemption."""
@@ -262,35 +262,3 @@ def world_step(
     step = job.step(members, "gemini-windows", "--mpi=pmi2")
     program = step_command(Path(sys.executable), run, world, here)
     return [*DYING_WITH_US, "/usr/bin/env", *step, *program], step_environment(os.environ) | mpi_environment(interface)
-
-
-class Witness:
-    """Slurm's word about the nodes, asked for in a thread: it may take its time."""
-
-    def __init__(self, job: SlurmJob, nodes: tuple[str, ...]) -> None:
-        self.wanted = threading.Event()
-        self._job, self._nodes = job, nodes
-        self._told: queue.SimpleQueue[NodeExited | NodeDrains] = queue.SimpleQueue()
-        threading.Thread(target=self._ask, daemon=True).start()
-
-    def next(self) -> NodeExited | NodeDrains | None:
-        try:
-            return self._told.get_nowait()
-        except queue.Empty:
-            return None
-
-    def _ask(self) -> None:
-        gone: set[str] = set()
-        while True:
-            self.wanted.wait()
-            try:
-                states = self._job.node_states(self._nodes)
-            except SlurmError:
-                states = {}  # it is busy, or away: no evidence against anybody
-            for node, state in states.items():
-                if state == "gone" and node not in gone:
-                    gone.add(node)
-                    self._told.put(NodeExited(node, "Slurm says that it is down"))
-                elif state != "gone":  # whoever leads hears it with each look, and perhaps did not lead before
-                    self._told.put(NodeDrains(node, state == "leaving"))
-            time.sleep(ASK_S)

@@ -30,6 +30,7 @@ from gemini_hpc.core.types import FRESH
 from gemini_hpc.core.view import LATE_S, describe
 from gemini_hpc.errors import GeminiError
 from gemini_hpc.persist import manifest
+from gemini_hpc.runtime.allocation import Embedded
 from gemini_hpc.runtime.paths import RunPaths
 from gemini_hpc.runtime.status_file import StatusThread
 from gemini_hpc.runtime.wire import Client, Wire
@@ -46,7 +47,7 @@ class Coordinator:
     """Lines to the other agents, opened when this one first has something to say to them."""
 
     def __init__(
-        self, paths: RunPaths, run: RunConfig, seat: Seat, wire: Wire, cluster: Client, events: EventThread
+        self, paths: RunPaths, run: RunConfig, seat: Seat, wire: Wire, cluster: Embedded, events: EventThread
     ) -> None:
         self._paths, self._run, self._wire, self._events = paths, run, wire, events
         self._seat = seat
@@ -82,6 +83,7 @@ class Coordinator:
         self._poller = poller
         for node, line in list(self._lines.items()):
             while (message := line.receive()) is not None:
+                self._to_cluster.hears(node)
                 if isinstance(message, Event) and message.node == node:
                     self.hear(message)
                 else:

@@ -40,6 +40,15 @@ PATIENCE_S = 5.0
 AGENT_STEP = "gemini-agent"
 """Name of the steps of Slurm that agents are."""
 
+SHEPHERD = """\
+trap "" TERM INT USR1 USR2
+shm=$1 log=$2
+shift 2
+"$@" >>"$log" 2>&1 || exec "$0" -m gemini_hpc.runtime.processes "$shm" >>"$log" 2>&1
+"""
+"""Stands between Slurm and an agent, which decides what signals mean. The log is not srun's, which does not outlive us;
+an agent that is killed, alone, leaves files in memory: no other process of ours is on its node then."""
+
 STEPS_S, STEPS_POLL_S, DESERTED_LOOKS = 15.0, 0.5, 2
 """How often Slurm is asked whether there are such steps, also at the end, and how often it must say no."""
 
@@ -278,9 +287,10 @@ class SlurmNodes(Nodes):
     def _command(self, node: str, environment: dict[str, str]) -> list[str]:
         # not into srun's own environment: whoever looks for the node's processes is not to find it
         told = [f"{name}={value}" for name, value in environment.items()]
-        log = ["/bin/sh", "-c", 'exec "$@" >>"$0" 2>&1', str(self._paths.logs / f"agent-{node}.log")]  # not by srun
+        shepherd = ["/bin/sh", "-c", SHEPHERD, sys.executable, str(self._paths.shm_dir)]
         agent = python("gemini_hpc.runtime.agent", str(self._paths.run_dir), node)
-        return [*DYING_WITH_US, "/usr/bin/env", *self._job.step([node], AGENT_STEP), *log, "env", *told, *agent]
+        step = [*self._job.step([node], AGENT_STEP), *shepherd, str(self._paths.logs / f"agent-{node}.log")]
+        return [*DYING_WITH_US, "/usr/bin/env", *step, "env", *told, *agent]
 
     def _watch_steps(self) -> None:
         """See whether any agent is left; those who are see by themselves who is not."""

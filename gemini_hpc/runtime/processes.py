@@ -6,6 +6,7 @@ import os
 import re
 import select
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -182,3 +183,7 @@ def _mine(path: Path) -> bool:
         return path.stat().st_uid == os.getuid()
     except OSError:
         return False
+
+
+if __name__ == "__main__":
+    sweep(Path(sys.argv[1]))

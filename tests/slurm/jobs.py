@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ cpus_per_task: 2
 """
 
 LOOK_S = 0.5
+DOWN_S = 60.0
+AGAIN_S = 120.0
+"""A job that was requeued starts again after its credential has expired."""
 
 
 class SlurmRun(Run):
@@ -93,3 +98,32 @@ def _site(place: Path) -> Path:
     site = place / "test.yaml"
     site.write_text(SITE.format(place=place))
     return site
+
+
+def shape(nodes: int, spares: int, steps: int) -> list[str]:
+    return [f"cluster.nodes={nodes}", f"cluster.spares={spares}", f"train.steps={steps}"]
+
+
+@contextmanager
+def dead(cluster: SlurmCluster, node: str) -> Iterator[None]:
+    """End a node; start it again afterwards, once Slurm has seen that it was gone."""
+    cluster.nodes[node].end()
+    with _booted_again(cluster, node):
+        yield
+
+
+@contextmanager
+def lost_power(cluster: SlurmCluster, node: str) -> Iterator[None]:
+    cluster.lose_power(node)
+    with _booted_again(cluster, node):
+        yield
+
+
+@contextmanager
+def _booted_again(cluster: SlurmCluster, node: str) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        until(lambda: node in cluster.states("down"), f"{node} to be down", DOWN_S)
+        cluster.boot(node)
+        until(lambda: node in cluster.states("idle"), f"{node} to be back", DOWN_S)

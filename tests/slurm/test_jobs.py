@@ -3,8 +3,6 @@
 import json
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,43 +11,11 @@ from gemini_hpc.analysis.timeline import recoveries
 from tests.cluster.matrix import STEPS, STOPPED, Matrix, References, assert_identical
 from tests.cluster.runs import GONE_S, START_S, command, reference_losses, until
 from tests.slurm.cluster import SlurmCluster
-from tests.slurm.jobs import SlurmRun
+from tests.slurm.jobs import AGAIN_S, DOWN_S, SlurmRun, dead, lost_power, shape
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
-DOWN_S = 60.0
-AGAIN_S = 120.0
-"""A job that was requeued starts again after its credential has expired."""
-
-
-def shape(nodes: int, spares: int, steps: int) -> list[str]:
-    return [f"cluster.nodes={nodes}", f"cluster.spares={spares}", f"train.steps={steps}"]
-
-
-@contextmanager
-def dead(cluster: SlurmCluster, node: str) -> Iterator[None]:
-    """End a node; start it again afterwards, once Slurm has seen that it was gone."""
-    cluster.nodes[node].end()
-    with _booted_again(cluster, node):
-        yield
-
-
-@contextmanager
-def lost_power(cluster: SlurmCluster, node: str) -> Iterator[None]:
-    cluster.lose_power(node)
-    with _booted_again(cluster, node):
-        yield
-
-
-@contextmanager
-def _booted_again(cluster: SlurmCluster, node: str) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        until(lambda: node in cluster.states("down"), f"{node} to be down", DOWN_S)
-        cluster.boot(node)
-        until(lambda: node in cluster.states("idle"), f"{node} to be back", DOWN_S)
 
 
 def test_the_first_node_dies_and_the_others_finish_and_end_the_job(cluster: SlurmCluster, tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ CALL_S = 60.0
 NETWORK = "10.183.0"
 INIT = Path(__file__).with_name("init.sh")
 
+SLURMD = "slurmd-wlm -D -N {name} -d /usr/sbin/slurmstepd-wlm"
+
 IBEX = Path("/ibex")
 """The shared file system that sbatch/gpt2_gemini.sh writes to. Here it is empty: the nodes have one of their own."""
 
@@ -143,6 +145,15 @@ class SlurmCluster:
         """End a node without a word: no connection to it is reset, as all that it would still send is lost."""
         self.cut(name)
         self.nodes[name].end()
+
+    def start_slurmd(self, name: str) -> None:
+        """Start Slurm's daemon on a node where it was killed alone."""
+        words = ["sh", "-c", f"exec {SLURMD.format(name=name)} </dev/null >>{self.place}/log/slurmd.{name}.out 2>&1 &"]
+        subprocess.run(self.nodes[name].enter(words), check=True)
+
+    def kill(self, name: str, pattern: str) -> None:
+        """End the processes of a node whose command lines match, and nothing else there."""
+        subprocess.run(self.nodes[name].enter(["pkill", "-KILL", "-f", pattern]), check=True)
 
     def cut(self, name: str) -> None:
         """Take a node off the network."""
