@@ -41,6 +41,8 @@ def main(arguments: list[str]) -> int:
     else:
         config = load_run(options.config, options.overrides, options.nodes, options.spares, options.site)
         run_dir = Path(config.site.runs_dir, options.prepare or _new_name(config))
+    if config.train.entry == EXAMPLE:
+        presets.model_shape(config.model.family, config.model.preset, config.model.seq_len)
     script = job_script(config, _script_arguments(options))
     if options.dry_run:
         print(f"{script}\n# --- {CONFIG_FILE}, resolved ---\n{dump(config)}", end="")
@@ -100,7 +102,6 @@ def _check(config: RunConfig) -> tuple[capacity.Needs | None, str]:
         _check_entry(config.train.entry)
         return None, ""  # somebody else's model and data: known once they are built
     model = config.model
-    presets.model_shape(model.family, model.preset, model.seq_len)
     corpus = check_source(config.data, model.seq_len)
     shapes = presets.shapes_by_preset(model.family, model.seq_len)
     return capacity.check(config, shapes, capacity.room_at(config.site)), corpus

@@ -166,7 +166,8 @@ def _build(
     suspects = [
         e for e in of(causes, "suspect") if str(e["target"]) in lost and e["t"] >= since.get(str(e["target"]), 0.0)
     ]
-    first = next(iter(faults + suspects + of(causes, "evict") + of(events, "abort", "plan")))
+    signs = faults + suspects + of(causes, "evict") or of(events, "abort", "plan")
+    first = min(signs, key=lambda event: float(event["t"]))
     plans = of(events, "plan")
     plan = plans[-1] if plans else None
     generation = plan["generation"] if plan else None
@@ -187,8 +188,8 @@ def _build(
     return Recovery(
         number=number,
         start=origin,
-        action=str(first.get("action", "")) if faults else "",
-        during=_during(first) if faults else "",
+        action=str(faults[0].get("action", "")) if faults else "",
+        during=_during(faults[0]) if faults else "",
         targets=tuple(dict.fromkeys(str(e["target"]) for e in causes if str(e["target"]) in lost)),
         outcome=outcome,
         milestones=tuple(_milestone(name, reached[name], origin) for name in MILESTONES),

@@ -68,9 +68,9 @@ class DataConfig(Section):
 class ClusterConfig(Section):
     """The machines, one worker each."""
 
-    nodes: int = Field(4, ge=1, le=10_000)
+    nodes: int = Field(4, ge=1, le=4096)  # the order to publish a checkpoint names all its files, in one packet
     """nodes that train, which is the number of ranks"""
-    spares: int = Field(1, ge=0, le=10_000)
+    spares: int = Field(1, ge=0, le=4096)
     """nodes that stand by"""
     return_s: float | None = Field(None, ge=0)
     """on the embedded cluster: a lost node comes back, empty, after this many seconds; null: it does not"""

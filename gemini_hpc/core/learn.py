@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from gemini_hpc.core import checkpoints
+from gemini_hpc.core import checkpoints, recovery
 from gemini_hpc.core.messages import (
     Abort,
     Copied,
@@ -34,7 +34,6 @@ from gemini_hpc.core.messages import (
     WorkerReady,
     WorldFailed,
 )
-from gemini_hpc.core.recovery import newest_complete
 from gemini_hpc.core.state import Checkpoint, Cluster, Copy, Member, Phase, Worker, World, next_persist
 from gemini_hpc.core.turn import Turn
 from gemini_hpc.core.types import FRESH, changed
@@ -88,6 +87,8 @@ def _on_tick(turn: Turn, _: Tick) -> None:
             turn.evict(member.node, "it did not report in time")
         elif member.worker is Worker.BUILDING and turn.now - member.worker_since > rules.build_s:
             turn.lose_worker(member.node, f"not ready after {rules.build_s:.0f} s")
+            if recovery.has_substitute(turn.cluster, member.node, at_once=True):
+                turn.replace(member.node, f"{member.node} does not build a worker; another takes its place")
 
 
 def _on_world_failed(turn: Turn, event: WorldFailed) -> None:
@@ -122,6 +123,9 @@ def _on_inventory(turn: Turn, event: Inventory) -> None:
     """What a node has, told to a new coordinator; put together once all have reported (`reconcile`)."""
     if turn.cluster.members[event.node].held is not None or event.term != turn.cluster.term:
         return
+    if not _is_possible(turn.cluster, event):
+        turn.note("refused", target=event.node, reason="what it reported names what there is not")
+        return
     lost = event.worker == "lost"
     turn.set_worker(
         event.node,
@@ -147,13 +151,31 @@ def _on_inventory(turn: Turn, event: Inventory) -> None:
         turn.order(Abort(event.node, event.generation))
 
 
+def _is_possible(cluster: Cluster, event: Inventory) -> bool:
+    """Whether it tells of nodes, ranks and places of this run: more than the types of its fields say."""
+    rules = cluster.rules
+    return (
+        event.worker in ("lost", Worker.BUILDING, Worker.IDLE, Worker.BUSY)
+        and -1 <= event.rank < rules.world_size
+        and set(event.members) <= cluster.members.keys()
+        and all(
+            len(held) == 7
+            and held[0] in range(rules.replicas)
+            and held[1] in (0, 1)
+            and held[2] in range(rules.world_size)
+            for held in event.held
+        )
+    )
+
+
 def _on_surveyed(turn: Turn, event: Surveyed) -> None:
     cluster = turn.cluster
     below = cluster.survey_below
     if cluster.surveyed or event.number != cluster.survey:
         return  # of a survey that began before something changed
     waited_for = (
-        cluster.phase is Phase.FORMING and newest_complete(cluster.copies, cluster.rules.world_size)[0] == FRESH
+        cluster.phase is Phase.FORMING
+        and recovery.newest_complete(cluster.copies, cluster.rules.world_size)[0] == FRESH
     )
     if below is not None and event.step == FRESH and waited_for:  # rather than quietly from the beginning
         turn.finish("failed", f"the checkpoint of step {below} is damaged, and there is no older one")

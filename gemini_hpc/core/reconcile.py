@@ -40,7 +40,7 @@ def _form(turn: Turn) -> None:
             turn.save_and_stop("the persistent tier does not say which checkpoints it has")
         if step == FRESH or (step < max((m.told_safe for m in turn.alive), default=FRESH) and not overdue):
             return
-    if not cluster.begun and any(m.worker is not Worker.IDLE for m in turn.alive):
+    if not cluster.begun and any(m.able and m.worker is not Worker.IDLE for m in turn.alive):
         return  # the first time, wait for all that were asked for
     if cluster.fruitless > cluster.rules.max_fruitless:
         turn.save_and_stop(f"{cluster.fruitless} generations in a row ended before a step was done")
@@ -50,7 +50,10 @@ def _form(turn: Turn) -> None:
         return  # somebody is on his way back, and is given up when he is due
     if plan is None:
         reason = f"no node is left for every rank (the last was lost because {cluster.last_loss})"
-        turn.save_and_stop(reason, "stopped" if cluster.worker_to_blame else "suspended")
+        enough = (
+            len(turn.alive) >= cluster.rules.world_size
+        )  # their workers are to blame: other nodes would do no better
+        turn.save_and_stop(reason, "stopped" if enough else "suspended")
         return
     newest, _ = recovery.newest_complete(cluster.copies, cluster.rules.world_size)
     if newest > plan.step:

@@ -28,7 +28,7 @@ def plan(cluster: Cluster) -> Plan | None:
 
 def assign(cluster: Cluster) -> dict[int, str] | None:
     """Give every rank a living node: its own where that lives, else a spare, the readiest first."""
-    ranks = {rank: node for rank, node in cluster.ranks.items() if cluster.members[node].alive}
+    ranks = {rank: node for rank, node in cluster.ranks.items() if cluster.members[node].able}
     taken = set(ranks.values())
     spares = _spares(cluster, taken)
     for as_built in (True, False):  # an engine that is built as this rank already is the best choice
@@ -60,7 +60,7 @@ def _is_ready(member: Member) -> bool:
 
 
 def _spares(cluster: Cluster, taken: Set[str]) -> list[Member]:
-    return [m for m in cluster.members.values() if m.alive and m.held is not None and m.node not in taken]
+    return [m for m in cluster.members.values() if m.able and m.held is not None and m.node not in taken]
 
 
 def last_ranks(members: Iterable[Member]) -> dict[int, str]:

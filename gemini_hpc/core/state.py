@@ -37,6 +37,7 @@ class Worker(StrEnum):
     BUILDING = "building"  # the process is starting
     IDLE = "idle"  # an engine is built and no group is held: can be told to join
     BUSY = "busy"  # told to join the current generation
+    FAILED = "failed"  # too often in a row: no other is started
 
 
 class Phase(StrEnum):
@@ -78,6 +79,11 @@ class Member:
     deaf: bool = False  # it could not read a snapshot that it was to restore
     drains: bool = False  # Slurm wants to take it away
     failed_writes: int = 0  # to the persistent tier, in a row
+
+    @property
+    def able(self) -> bool:
+        """Whether it can have a rank, or will when its worker is built."""
+        return self.alive and self.worker is not Worker.FAILED
 
     @property
     def last_choice(self) -> bool:
@@ -198,8 +204,7 @@ class Cluster:
     persist_sums: Mapping[int, int] = field(default_factory=dict)  # rank -> the checksum of what it is to write
     files: Mapping[int, tuple[str, int, int]] = field(default_factory=dict)
     publisher: str = ""  # who was told to publish it
-    last_loss: str = ""  # why the last node was evicted
-    worker_to_blame: bool = False  # it was, because its worker failed again and again: another node would do no better
+    last_loss: str = ""  # why the last node, or the last worker on it, was given up
     through_disk: int = FRESH  # the step that was saved because not all could read it in memory
     stopping: str = ""  # why the newest step is saved
     stops_as: str = ""  # stopped, or suspended: it can go on, on other nodes; "" = it does, on these

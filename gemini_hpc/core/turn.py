@@ -97,12 +97,12 @@ class Turn:
         heard = [member for member in voters if not member.evidence]
         return 2 * len(heard) > len(voters) and self.cluster.phase is not Phase.SAVING
 
-    def evict(self, node: str, reason: str, worker_to_blame: bool = False) -> None:
+    def evict(self, node: str, reason: str) -> None:
         """Hard evidence, or soft evidence that was confirmed: the node is out."""
         if not self.cluster.members[node].evidence:
             self.note("suspect", target=node, evidence="exit", reason=reason)
         self.set_member(node, alive=False, evidence={})
-        self.set(last_loss=reason, worker_to_blame=worker_to_blame)
+        self.set(last_loss=reason)
         self.note("evict", target=node, generation=self.cluster.generation + 1, reason=reason)
         self.order(Retire(node, self.cluster.generation + 1))
         self._forget_copies_on(node)
@@ -134,9 +134,10 @@ class Turn:
         self.note("abort", generation=cluster.generation, reason=reason)
 
     def replace(self, node: str, reason: str) -> None:
-        """Give the rank of a node, which lives on as a spare, to another."""
-        self.set(ranks={rank: name for rank, name in self.cluster.ranks.items() if name != node})
-        self.open_generation(reason)
+        """Give the rank of a node, which lives on as a spare, to another; nothing to do if it has none."""
+        if node in self.cluster.ranks.values():
+            self.set(ranks={rank: name for rank, name in self.cluster.ranks.items() if name != node})
+            self.open_generation(reason)
 
     def welcome(self, node: str) -> None:
         """A node that was lost is back: it has nothing, and is a spare. Its old self is not heard any more."""
@@ -148,21 +149,25 @@ class Turn:
             self.note("returned", target=node)
 
     def lose_worker(self, node: str, reason: str) -> None:
-        """The node lives, its worker does not: start another there, unless it keeps failing."""
-        member, rules = self.cluster.members[node], self.cluster.rules
+        """The node lives, its worker does not: start another there, unless it keeps failing.
+
+        In that case the node has no rank any more, but what lies in its memory can still be read, and saved.
+        """
+        member, cluster = self.cluster.members[node], self.cluster
         self.note("suspect", target=node, evidence="worker", reason=reason)
-        enough = len(self.alive) > rules.world_size
-        if member.restarts >= rules.max_restarts and not (self.cluster.begun or enough):  # nobody could ever start
-            self.save_and_stop(f"the worker of {node} failed {member.restarts + 1} times in a row: {reason}")
-            return
-        if member.restarts >= rules.max_restarts:
-            self.evict(node, f"its worker failed {member.restarts + 1} times in a row: {reason}", worker_to_blame=True)
-            return
-        self.set_worker(node, Worker.BUILDING, restarts=member.restarts + 1)
-        self.order(RestartWorker(node, self.cluster.generation + 1))
-        if node in self.cluster.ranks.values():
-            rank = next(r for r, n in self.cluster.ranks.items() if n == node)
-            self.note("evict", target=node, rank=rank, generation=self.cluster.generation + 1, reason=reason)
+        rank = next((r for r, name in cluster.ranks.items() if name == node), None)
+        idle_s = self.now - member.worker_since if member.worker is Worker.IDLE and rank is None else 0.0
+        restarts = 0 if idle_s > cluster.rules.build_s else member.restarts  # a spare's: it had worked meanwhile
+        if restarts < cluster.rules.max_restarts:
+            self.set_worker(node, Worker.BUILDING, restarts=restarts + 1)
+            self.order(RestartWorker(node, cluster.generation + 1))
+        else:
+            reason = f"its worker failed {restarts + 1} times in a row: {reason}"
+            self.set_worker(node, Worker.FAILED)
+            self.set(last_loss=reason)
+            self.note("no_worker", target=node, reason=reason)
+        if rank is not None:
+            self.note("evict", target=node, rank=rank, generation=cluster.generation + 1, reason=reason)
             self.open_generation(f"the worker of {node} is lost")
 
     def shun_host(self, node: str) -> None:

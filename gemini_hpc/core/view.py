@@ -35,7 +35,7 @@ def describe(cluster: Cluster, now: float) -> dict[str, Any]:
 
 def _node(cluster: Cluster, member: Member, now: float) -> dict[str, Any]:
     rank = next((r for r, node in cluster.ranks.items() if node == member.node), None)
-    status = "failed" if not member.alive else "spare" if rank is None else "active"
+    status = "failed" if not member.able else "spare" if rank is None else "active"
     return {
         "node": member.node,
         "status": status,
@@ -54,6 +54,7 @@ def _why_avoided(member: Member) -> list[str]:
         "Slurm drains it": member.drains,
         "no window host starts on it": member.hostless,
         "it could not read a snapshot": member.deaf,
+        "its worker keeps failing": not member.able,
     }
     return [reason for reason, holds in reasons.items() if holds and member.alive]
 
@@ -69,7 +70,7 @@ def _waiting_for(cluster: Cluster, now: float) -> list[str]:
         return [f"{m.node} to report what it has" for m in members.values() if m.alive and m.held is None]
     if cluster.phase is Phase.FORMING:
         tier = [] if cluster.surveyed else ["the persistent tier to list its checkpoints"]
-        building = [m for m in members.values() if m.worker is not Worker.IDLE and m.alive]
+        building = [m for m in members.values() if m.worker is not Worker.IDLE and m.able]
         return tier + [f"worker of {m.node} ({m.worker.value})" for m in building]
     if cluster.phase is Phase.GATHERING and plan is not None:
         fetches = [
@@ -84,14 +85,14 @@ def _waiting_for(cluster: Cluster, now: float) -> list[str]:
     if cluster.phase is Phase.SAVING:
         return [
             f"rank {r} of step {cluster.persisting} on the persistent tier"
-            for r in cluster.ranks
+            for r in range(cluster.rules.world_size)
             if r not in cluster.files
         ]
     if cluster.phase is not Phase.RUNNING:
         return []
     world = cluster.world
     hosts = [f"MPI world {world.number} of the window hosts ({world.state})"] if world.state != "ready" else []
-    if cluster.lags:
+    if cluster.lags or 0 <= cluster.ahead_since < now - LATE_S:
         hosts += [f"replicas: {why}" for why in hindrances(cluster)]
     if not _trains(cluster):
         return [*hosts, f"the checkpoint of step {cluster.rules.total_steps} on the persistent tier"]

@@ -74,6 +74,18 @@ def test_a_fault_in_the_very_next_step_belongs_to_the_next_recovery() -> None:
     assert second.start == early["t"]
 
 
+def test_an_outage_that_a_second_loss_prolongs_counts_from_its_first_sign() -> None:
+    """A worker is lost without a drill; on the way back a drill strikes another node."""
+    events = build(24, [Loss(12, rank=2)])
+    fault = next(event for event in events if event["kind"] == "fault")
+    suspect = next(event for event in events if event["kind"] == "suspect")
+    earlier = [{**suspect, "target": "node1", "t": fault["t"] - 2.0}]
+    earlier.append({**earlier[0], "kind": "evict", "rank": 1, "generation": 2, "t": fault["t"] - 1.9})
+    item = only([*events, *earlier])
+    assert item.start == pytest.approx(fault["t"] - 2.0) and item.ms("detected") == 0.0
+    assert item.action == "kill_node" and set(item.targets) == {"node1", "node2"}
+
+
 def test_a_second_death_on_the_way_is_the_same_outage() -> None:
     item = only(build(24, [Loss(12, rank=2, again=True)], spares=2))
     assert (item.targets, item.generations, item.outcome) == (("node2", "node0"), (2, 3), "recovered")

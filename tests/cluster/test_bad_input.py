@@ -22,6 +22,8 @@ WRONG = {
     "missing text": (["data.path=no/such/text"], "data.path"),
     "an empty folder of text": (["data.path={place}/empty"], "data.path"),
     "unknown preset": (["model.preset=smal"], "small"),
+    "unknown preset in a dry run": (["--dry-run", "model.preset=smal"], "small"),
+    "more nodes than a checkpoint can name": (["cluster.nodes=5000"], "cluster.nodes"),
     "unknown site": (["--site", "loca"], "local"),
     "a drill after the end": (["train.steps=10", "drills=[{step: 11}]"], "drills.0.step"),
     "a drill on no rank": (["drills=[{step: 5, rank: 9}]"], "drills.0.rank"),

@@ -75,13 +75,14 @@ class Schedule:
         """I5: enough spares, and a majority that can speak."""
         lost = sum(fault.kind in COSTLY for fault in self.faults)
         kinds = {fault.kind for fault in self.faults}
+        spared = lost + sum(fault.kind == "bad_node" for fault in self.faults)
         stuck = lost and "no_host" in kinds and kinds & {"no_tier", "bad_disk", "no_writes"}  # not read, and not saved
         return (
             not self.disorder
             and not stuck
-            and lost <= self.shape[1]
+            and spared <= self.shape[1]
             and self.keeps_majority()
-            and not any(fault.kind in ("corrupt_file", "suspend") or fault.other == CLUSTER for fault in self.faults)
+            and not any(fault.kind in ENDING or fault.other == CLUSTER for fault in self.faults)
         )
 
 
@@ -165,7 +166,14 @@ def _drain(sim: Simulation, node: str, fault: Fault) -> None:
         sim.after(fault.seconds, sim.drain, node, False)
 
 
+def _bad_code(sim: Simulation, node: str, fault: Fault) -> None:
+    """A step that is yet to come cannot be done, on whatever node."""
+    sim.bad_step = sim.most_trained + 1 + int(fault.seconds)
+
+
 FAULTS: dict[str, Act] = {
+    "bad_node": lambda sim, node, fault: sim.bad_nodes.add(node),
+    "bad_code": _bad_code,
     "suspend": lambda sim, node, fault: sim.suspend(),
     "drain": _drain,
     "kill_node": lambda sim, node, fault: sim.kill_node(node),
@@ -194,9 +202,12 @@ FAULTS: dict[str, Act] = {
 COSTLY = ("kill_node", "kill_unseen", "pause", "cut_off", "one_way", "split", "link")
 """They may cost a node."""
 
+ENDING = ("corrupt_file", "suspend", "bad_code")
+"""They may end a run."""
+
 PROCESSES = ("kill_worker", "hang_worker", "trouble", "crash_host", "hang_host", "crash_archiver", "hang_archiver")
 SORTS: dict[str, tuple[str, ...]] = {
-    "single": tuple(kind for kind in FAULTS if kind not in ("corrupt_file", "suspend")),
+    "single": tuple(kind for kind in FAULTS if kind not in ENDING),
     "crashes": ("kill_node", "kill_node", "kill_unseen", "bad_disk", "no_host", *PROCESSES),
     "coordinator": ("kill_node", "kill_unseen", "pause", "cut_off", "link", "kill_worker"),
     "partitions": ("cut_off", "one_way", "split", "split", "link", "kill_node", "pause"),
@@ -213,6 +224,10 @@ SORTS: dict[str, tuple[str, ...]] = {
         *("drain", "corrupt", "link", "no_tier"),
     ),
     "returns": ("kill_node", "kill_node", "kill_node", "kill_worker", "pause", "link", "split", "no_host", "drain"),
+    "code": (
+        *("bad_node", "bad_node", "bad_code", "bad_code", "kill_node", "kill_unseen", "kill_worker"),
+        *("drain", "suspend", "link", "no_host", "bad_disk"),
+    ),
     "disorder": ("kill_node", "kill_worker", "pause", "cut_off", "trouble", "crash_host"),
 }
 

@@ -78,6 +78,8 @@ class Simulation:
         self.no_writes: set[str] = set()  # nodes that cannot write to the persistent tier
         self.no_host: set[str] = set()  # nodes whose window host does not start
         self.bad_host: set[str] = set()  # nodes whose window host starts, and dies before the others are ready
+        self.bad_nodes: set[str] = set()  # nodes whose worker fails in the first step that it does
+        self.bad_step = 0  # a step that no worker survives
         self.no_worlds_until = 0.0  # before then no window host starts at all
         self.areas = held_by(self.rules.world_size, self.rules.replicas)
         # what a test may look at or interfere with

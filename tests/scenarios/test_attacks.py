@@ -174,6 +174,7 @@ def test_what_comes_too_late_or_to_the_wrong_node_changes_nothing_and_is_counted
     agent._arena_maker = SimpleNamespace(arena=None)
     agent._account.informs(m.Lead("n0", "n1", 1, 0.0, True))
     agent._seat = SimpleNamespace(leader="n1")
+    agent._cluster = SimpleNamespace(hears=lambda node: None)
     agent._wire = SimpleNamespace(tally=Tally())
     agent._server = SimpleNamespace(receive=lambda: inbox.pop(0) if inbox else None)
     agent._household = SimpleNamespace(send=lambda *order: sent.append(order), start=lambda *order: None)

@@ -252,7 +252,7 @@ def test_a_spare_that_cannot_start_does_not_keep_the_others_from_it() -> None:
         cluster.run(lambda c: c.nodes["n4"].worker.alive and "n4" in c.cluster.members and c.cluster.counted)
         cluster.kill_worker("n4")
     finish(cluster)
-    assert [said["target"] for said in cluster.said("evict")] == ["n4"]
+    assert [said["target"] for said in cluster.said("no_worker")] == ["n4"]
 
 
 @pytest.mark.parametrize("term", [1, 6, 11])

@@ -449,7 +449,7 @@ def test_the_last_checkpoint_that_is_never_answered_does_not_hold_up_the_end() -
 # --- bounds -----------------------------------------------------------------------------------------
 
 
-def test_a_worker_that_keeps_failing_costs_its_node() -> None:
+def test_a_worker_that_keeps_failing_costs_its_node_the_rank() -> None:
     cluster = started(total_steps=200)
     for _ in range(4):
         cluster.run(
@@ -458,9 +458,63 @@ def test_a_worker_that_keeps_failing_costs_its_node() -> None:
         cluster.kill_worker("n1")
         lost = len(cluster.said("evict"))
         cluster.run(lambda c, lost=lost: len(c.said("evict")) > lost)
-    assert not cluster.cluster.members["n1"].alive
+    assert cluster.cluster.members["n1"].worker is Worker.FAILED
     assert len(cluster.ordered(m.RestartWorker)) == 3
     finish(cluster, 200)
+    assert cluster.cluster.ranks[1] == "n4" and cluster.cluster.members["n1"].alive
+
+
+@pytest.mark.parametrize("ranks", [(1,), (0, 1), (0, 2), (0, 1, 2, 3)])
+@pytest.mark.parametrize("spares", [0, 2])
+def test_workers_that_keep_failing_cost_nothing_that_lies_in_memory(ranks: tuple[int, ...], spares: int) -> None:
+    """What is wrong with the user's code is wrong on every node: it ends with the newest step saved, and says why."""
+    cluster = started(nodes=4 + spares, total_steps=200, persist_every=100)
+    safe = 0
+    while not cluster.over():
+        cluster.run(lambda c: c.over() or (c.running() and c.reached(5)))
+        safe = max(safe, cluster.cluster.safe_step)
+        for rank in () if cluster.over() else ranks:
+            cluster.kill_worker(cluster.cluster.ranks[rank])
+        cluster.run(lambda c: c.over() or not c.running())
+    assert cluster.outcome == "stopped" and "failed 4 times in a row: killed by SIGKILL" in cluster.reason
+    assert max(cluster.manifests) == safe >= 4
+    assert not [said for said in cluster.said("plan")[1:] if said["step"] < 4]
+
+
+@pytest.mark.parametrize("max_restarts", [0, 1])
+def test_nobody_is_given_up_for_a_worker_while_the_run_is_saved(max_restarts: int) -> None:
+    cluster = started(nodes=4, total_steps=400, persist_every=100, max_restarts=max_restarts)
+    cluster.persist_s = 1.0
+    for _ in range(max_restarts):
+        before = cluster.cluster.generation
+        for node in ("n0", "n1"):
+            cluster.kill_worker(node)
+        cluster.run(lambda c, before=before: c.running() and c.cluster.generation > before)
+    safe = cluster.cluster.safe_step
+    cluster.suspend()
+    cluster.run(lambda c: c.cluster.phase is Phase.SAVING)
+    for node in ("n0", "n1"):
+        cluster.kill_worker(node)
+    cluster.run(Simulation.over)
+    assert cluster.outcome == "suspended" and max(cluster.manifests) >= safe > 0
+
+
+def test_a_worker_that_is_not_built_in_time_makes_way_for_a_spare() -> None:
+    cluster = started(total_steps=400)
+    cluster.build_s = 1000.0
+    cluster.kill_worker("n1")
+    cluster.run(lambda c: c.running() and c.cluster.ranks[1] == "n4")
+    assert len(cluster.ordered(m.RestartWorker)) == 2
+
+
+def test_a_spare_whose_worker_fails_now_and_then_remains_one() -> None:
+    cluster = started(total_steps=4000, persist_every=1000)
+    for _ in range(5):
+        cluster.run(lambda c: c.cluster.members["n4"].worker is Worker.IDLE)
+        cluster.run_for(2 * cluster.rules.build_s)
+        cluster.kill_worker("n4")
+        cluster.run(lambda c: c.cluster.members["n4"].worker is not Worker.IDLE)
+    assert cluster.cluster.members["n4"].able
 
 
 def test_generations_without_a_single_step_end_the_run() -> None:

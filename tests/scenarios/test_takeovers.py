@@ -1,6 +1,8 @@
 """The coordinator is lost, at every moment that could matter; and what its successor makes of what it finds."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -326,17 +328,42 @@ def test_a_late_report_does_not_displace_the_newer_snapshot_in_the_same_place() 
     assert cluster.cluster.copies[1, at_step]["n1"] == copy
 
 
-def test_a_coordinator_whose_own_worker_keeps_failing_evicts_itself_and_another_leads() -> None:
+def test_a_coordinator_whose_own_worker_keeps_failing_leads_on_without_a_rank() -> None:
     cluster = started(total_steps=200)
     for _ in range(4):
         cluster.run(lambda c: c.nodes["n0"].worker.alive and c.nodes["n0"].worker.state in ("building", "training"))
         cluster.kill_worker("n0")
         lost = len(cluster.said("suspect"))
         cluster.run(lambda c, lost=lost: len(c.said("suspect")) > lost)
-    cluster.run(lambda c: not c.nodes["n0"].up)
     finish(cluster, 200)
-    assert cluster.cluster.generation > NUMBERS_OF_A_TERM
-    assert not cluster.cluster.members["n0"].alive
+    assert cluster.cluster.generation < NUMBERS_OF_A_TERM
+    assert "n0" not in cluster.cluster.ranks.values()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"worker": "bogus"},
+        {"rank": 77, "generation": 5},
+        {"world": 99, "members": ("stranger",)},
+        {"held": ((1, 2),)},
+        {"held": ((0, 0, 77, 5, 1, 10, 1),)},
+        {"held": ((9, 0, 1, 5, 1, 10, 1),)},
+    ],
+    ids=str,
+)
+def test_a_report_that_names_what_there_is_not_counts_for_nothing(
+    wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its node is given up as one that does not report."""
+    cluster = started(nodes=6, total_steps=200)
+    account = cluster.nodes["n2"].account
+    inventory = account.inventory
+    monkeypatch.setattr(account, "inventory", lambda held: replace(inventory(held), **wrong))
+    cluster.kill_node("n0")
+    finish(cluster, 200)
+    assert {said["target"] for said in cluster.said("refused")} == {"n2"}
+    assert not cluster.cluster.members["n2"].alive
 
 
 def test_a_node_that_comes_back_is_a_spare_under_any_coordinator() -> None:

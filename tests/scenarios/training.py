@@ -154,11 +154,18 @@ class Group:
         elif self.step == self.sim.rules.total_steps:
             for worker in self.members.values():
                 worker.state = "done"
+        elif failing := [w for w in self.members.values() if self._cannot_do(w)]:
+            for worker in failing:
+                worker.node.end_worker("an exception in the user's code")
+            self._break("a peer is lost")
         else:
             self.step += 1
             self.state = zlib.crc32(b"%d %d %d" % (self.state, self.step, self.join.generation))
             self.sim.most_trained = max(self.sim.most_trained, self.step)
             self._finish_step(self.sim.now + self.sim.rules.join_s)
+
+    def _cannot_do(self, worker: Worker) -> bool:
+        return worker.node.name in self.sim.bad_nodes or self.step + 1 == self.sim.bad_step
 
     def _break(self, reason: str) -> None:
         for worker in self.members.values():
