@@ -39,12 +39,11 @@ def main() -> int:
         print(reason, file=sys.stderr)
         return 1
     with brought_up() as cluster:
-        flags = ["--output=/dev/null", "--gpus-per-node=0"]  # which these nodes do not have
-        done = cluster.run("sbatch", *flags, "sbatch/gpt2_gemini.sh", cwd=ROOT)
+        done = cluster.run("sbatch", "--output=/dev/null", "sbatch/gpt2_gemini.sh", cwd=ROOT)
         if done.returncode:
             print(done.stderr, file=sys.stderr)
             return 1
-        say(f"sbatch {' '.join(flags)} sbatch/gpt2_gemini.sh: {done.stdout.strip()}")
+        say(f"sbatch sbatch/gpt2_gemini.sh: {done.stdout.strip()}")
         job = done.stdout.split()[-1]
         run_dir = until(lambda: next((cluster.place / "ibex").glob(f"user/*/*/runs/*{job}*"), None), "a run", START_S)
         until(lambda: any(e["kind"] == "step" and e["step"] >= STEP for e in read_events(run_dir)), "training", START_S)

@@ -35,7 +35,7 @@ class SlurmRun(Run):
 
     def __init__(self, cluster: SlurmCluster, place: Path, *settings: str, resume: Path | None = None) -> None:
         (place / "fault_job.py").write_text(JOB)
-        what = ["--resume", str(resume)] if resume else ["--site", str(_site(place)), "model.preset=tiny", JOB_ENTRY]
+        what = ["--resume", str(resume)] if resume else ["--site", str(site_of(place)), "model.preset=tiny", JOB_ENTRY]
         done = cluster.run(*command("submit", *what, *settings), cwd=place)
         assert done.returncode == 0, done.stderr
         told = dict(re.findall(r"^(run|job) +(.+)$", done.stdout, re.MULTILINE))
@@ -94,7 +94,7 @@ class SlurmRun(Run):
         return json.loads(self.cluster.run(*command("status", str(self.run_dir), "--json")).stdout)
 
 
-def _site(place: Path) -> Path:
+def site_of(place: Path) -> Path:
     site = place / "test.yaml"
     site.write_text(SITE.format(place=place))
     return site

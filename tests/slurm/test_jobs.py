@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from gemini_hpc.analysis.timeline import recoveries
 from tests.cluster.matrix import STEPS, STOPPED, Matrix, References, assert_identical
 from tests.cluster.runs import GONE_S, START_S, command, reference_losses, until
 from tests.slurm.cluster import SlurmCluster
-from tests.slurm.jobs import AGAIN_S, DOWN_S, SlurmRun, dead, lost_power, shape
+from tests.slurm.jobs import AGAIN_S, DOWN_S, SlurmRun, dead, lost_power, shape, site_of
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -103,9 +104,8 @@ def test_a_node_loses_power_while_slurm_believes_it_alive(
 
 
 def test_the_script_works_as_it_is_from_the_root_of_the_repository(cluster: SlurmCluster) -> None:
-    """All that it asks for, Ibex's nodes have, and those of the tests but for the GPUs: sbatch's flags come first."""
-    flags = ["--parsable", "--output=/dev/null", "--gpus-per-node=0"]
-    told = cluster.run("sbatch", *flags, "sbatch/gpt2_gemini.sh", cwd=ROOT)
+    """All that it asks for, Ibex's nodes have, and those of the tests."""
+    told = cluster.run("sbatch", "--parsable", "--output=/dev/null", "sbatch/gpt2_gemini.sh", cwd=ROOT)
     assert told.returncode == 0, told.stderr
     job = told.stdout.strip()
     runs = cluster.place / "ibex/user"
@@ -115,6 +115,17 @@ def test_the_script_works_as_it_is_from_the_root_of_the_repository(cluster: Slur
         cluster.run("scancel", job)
     (status,) = runs.glob(f"*/gemini_hpc/runs/*job-{job}*/status.json")
     assert json.loads(status.read_text())["state"] == "finished"
+
+
+def test_submit_may_wait_on_the_login_node_and_the_accounts_have_the_job(cluster: SlurmCluster, tmp_path: Path) -> None:
+    words = command("submit", "--wait", "--site", str(site_of(tmp_path)), "model.preset=tiny", *shape(2, 0, 20))
+    done = subprocess.run(cluster.login.enter(words, tmp_path), capture_output=True, text=True, timeout=2 * START_S)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^finished +all 20 steps are done", done.stdout, re.MULTILINE)
+    job = re.search(r"^job +(\d+)$", done.stdout, re.MULTILINE)
+    assert job is not None
+    state = ("sacct", "--noheader", "--allocations", "--format=State", f"--jobs={job[1]}")
+    until(lambda: cluster.run(*state).stdout.strip() == "COMPLETED", "the accounts to say so", GONE_S)
 
 
 def test_jupyter_runs_on_a_compute_node_and_opens_to_its_token_alone(cluster: SlurmCluster, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_slurmd_alone_is_killed(cluster: SlurmCluster, tmp_path: Path, matrix: M
     with SlurmRun(cluster, tmp_path, *shape(3, 1, 2 * STEPS)) as run:
         run.wait_for_training(step=10)
         lost = run.nodes[1]
-        cluster.kill(lost, "^slurmd-wlm")
+        cluster.kill(lost, "^slurmd -D")
         try:
             drained = run.wait_for("drain", DOWN_S, target=lost, drains=True)
             moved = run.wait_for("first_step", generation=run.generation(2))

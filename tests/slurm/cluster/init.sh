@@ -30,10 +30,22 @@ fi
 munged --key-file="$place/munge.key" --socket=/run/munge/munge.socket.2 --pid-file=/run/munge/munged.pid \
     --log-file="$place/log/munged.$name.log" --seed-file=/run/munge/seed --force
 if [ "$name" = login ]; then
-    slurmctld-wlm -D -i >"$place/log/slurmctld.out" 2>&1 &
+    # the accounts: a MariaDB on a socket of its own, and slurmdbd before it
+    sql=$place/sql
+    mariadb-install-db --no-defaults --user=root --datadir="$sql" --auth-root-authentication-method=normal \
+        --skip-test-db >"$place/log/mariadb-install.log" 2>&1
+    echo "CREATE DATABASE slurm_acct_db;" >"$place/accounts.sql"
+    export MYSQL_UNIX_PORT=/run/mariadb.socket
+    mariadbd --no-defaults --user=root --datadir="$sql" --socket="$MYSQL_UNIX_PORT" --skip-networking \
+        --innodb-buffer-pool-size=64M --innodb-flush-log-at-trx-commit=0 --pid-file=/run/mariadb.pid \
+        --init-file="$place/accounts.sql" >"$place/log/mariadb.log" 2>&1 &
+    until [ -S "$MYSQL_UNIX_PORT" ]; do sleep 0.05; done
+    slurmdbd -D >"$place/log/slurmdbd.out" 2>&1 &
+    until sacctmgr -i add cluster test >"$place/log/sacctmgr.log" 2>&1; do sleep 0.05; done
+    slurmctld -D -i >"$place/log/slurmctld.out" 2>&1 &
     touch "$place/log/login.up"
 else
-    slurmd-wlm -D -N "$name" -d /usr/sbin/slurmstepd-wlm >"$place/log/slurmd.$name.out" 2>&1 &
+    slurmd -D -N "$name" >"$place/log/slurmd.$name.out" 2>&1 &
 fi
 set +e
 while true; do wait -n; [ $? = 127 ] && sleep 1; done # reaps orphans, and outlives its daemons

@@ -9,8 +9,17 @@ from pathlib import Path
 NAMES = (
     *("slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "munge"),
     *("libmunge2", "liblua5.1-0", "libhwloc15", "iproute2", "libbpf1", "libelf1", "libmnl0", "libcap2-bin"),
+    *(
+        "slurmdbd",
+        "slurm-wlm-mysql-plugin",
+        "mariadb-server-core",
+        "mariadb-client-core",
+        "mariadb-common",
+        "libmariadb3",
+    ),
+    *("libaio1", "liburing2", "libsnappy1v5", "libpmem1", "libnuma1", "libdaxctl1", "libndctl6"),
 )
-"""With the libraries that a machine without Slurm may lack."""
+"""With what Slurm's accounts lie in, and the libraries that a machine without Slurm may lack."""
 
 DOWNLOAD_S = 120.0
 ROOT = Path(sys.prefix, "slurm")
@@ -35,7 +44,8 @@ which a user who is root of a user namespace alone may not."""
 
 def unpack() -> Path:
     """Return the folder with Slurm's files, fetched once; raises OSError when they cannot be had."""
-    if (ROOT / "complete").exists():
+    complete = ROOT / "complete"
+    if complete.exists() and complete.read_text() == " ".join(NAMES):
         return ROOT
     shutil.rmtree(ROOT, ignore_errors=True)
     debs = ROOT / "debs"
@@ -51,9 +61,11 @@ def unpack() -> Path:
         raise OSError("Debian's Slurm packages cannot be fetched")
     for deb in sorted(debs.glob("*.deb")):
         subprocess.run(["dpkg", "-x", str(deb), str(ROOT)], check=True)
+    for program in ROOT.glob("usr/*bin/*-wlm"):  # its parts tell by their names whose process they are in
+        program.with_name(program.name.removesuffix("-wlm")).symlink_to(program.name)
     for name in ("debs", "lists"):
         shutil.rmtree(ROOT / name, ignore_errors=True)
-    (ROOT / "complete").touch()
+    complete.write_text(" ".join(NAMES))
     return ROOT
 
 

@@ -20,7 +20,7 @@ CALL_S = 60.0
 NETWORK = "10.183.0"
 INIT = Path(__file__).with_name("init.sh")
 
-SLURMD = "slurmd-wlm -D -N {name} -d /usr/sbin/slurmstepd-wlm"
+SLURMD = "slurmd -D -N {name}"
 
 IBEX = Path("/ibex")
 """The shared file system that sbatch/gpt2_gemini.sh writes to. Here it is empty: the nodes have one of their own."""
@@ -42,7 +42,8 @@ SlurmdLogFile={place}/log/slurmd.%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=localhost
 SwitchType=switch/none
 MpiDefault=none
 SelectType=select/cons_tres
@@ -66,6 +67,18 @@ GresTypes=gpu
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10
+"""
+
+ACCOUNTING = """\
+AuthType=auth/munge
+DbdHost=localhost
+SlurmUser=root
+StorageType=accounting_storage/mysql
+StorageHost=localhost
+StorageUser=root
+StorageLoc=slurm_acct_db
+LogFile={place}/log/slurmdbd.log
+PidFile=/run/slurmdbd.pid
 """
 
 
@@ -106,7 +119,7 @@ class SlurmCluster:
         key.touch(0o600)
         key.write_bytes(os.urandom(128))
         lines = [
-            f"NodeName={name} NodeAddr={self.address(name)} CPUs=8 RealMemory=70000 Feature=a100,4gpus"
+            f"NodeName={name} NodeAddr={self.address(name)} CPUs=8 RealMemory=70000 Feature=a100,4gpus Gres=gpu:1"
             for name in self.names
         ]
         (place / "etc/slurm/slurm.conf").write_text(
@@ -117,7 +130,11 @@ class SlurmCluster:
                 nodes="\n".join(lines),
             )
         )
+        accounting = place / "etc/slurm/slurmdbd.conf"
+        accounting.touch(0o600)
+        accounting.write_text(ACCOUNTING.format(place=place))
         (place / "etc/slurm/cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+        (place / "etc/slurm/gres.conf").write_text("Name=gpu File=/dev/null\n")  # one that is only counted
         hosts = [f"{NETWORK}.1 login", *(f"{self.address(name)} {name}" for name in self.names)]
         (place / "etc/hosts").write_text("\n".join(["127.0.0.1 localhost", *hosts, ""]))
         (place / "ibex").mkdir()
