@@ -213,6 +213,33 @@ def test_a_training_that_diverges_is_stopped(tmp_path: Path, matrix: Matrix) -> 
         matrix.enter("a loss that is NaN again and again", "saved, stopped", None, took, STOPPED)
 
 
+ALWAYS_RAISES = """
+from dataclasses import replace
+
+
+def add_to(training):
+    def batch(step, rank, micro_step):
+        if step == 20:
+            raise ValueError("a hole in the data")
+        return training.batch(step, rank, micro_step)
+
+    return replace(training, batch=batch)
+"""
+
+
+@pytest.mark.long
+def test_an_exception_on_every_rank_again_and_again_costs_no_step(tmp_path: Path, matrix: Matrix) -> None:
+    """No node is to blame: none is lost, and what they have in memory is saved."""
+    with start(tmp_path, "protect.persist_every=1000", "recovery.max_restarts=1", trouble=ALWAYS_RAISES) as run:
+        run.wait_for_end(1)
+        assert run.status["state"] == "stopped"
+        assert "failed 2 times in a row: ValueError: a hole in the data" in run.status["reason"]
+        assert [event["step"] for event in run.events("persisted")] == [max(e["step"] for e in run.events("safe"))]
+        assert run.events("persisted")[0]["step"] >= 18
+        took = 1000 * (run.events("run")[-1]["t"] - run.events("suspect")[0]["t"])
+        matrix.enter("an exception on every rank again and again", "saved, stopped", None, took, STOPPED)
+
+
 @pytest.mark.long
 def test_a_diverging_training_goes_on_when_it_may(tmp_path: Path) -> None:
     with start(tmp_path, "train.allow_nan=true", trouble=ALWAYS_NAN, steps=20) as run:
