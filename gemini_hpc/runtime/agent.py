@@ -45,7 +45,7 @@ from gemini_hpc.core.seat import Seat
 from gemini_hpc.runtime.allocation import Allocation, Embedded
 from gemini_hpc.runtime.archiving import Archiving
 from gemini_hpc.runtime.arena_maker import ArenaMaker
-from gemini_hpc.runtime.children import PARENT
+from gemini_hpc.runtime.children import PARENT, carry_output
 from gemini_hpc.runtime.cluster import CLUSTER, NODES, RETURNED
 from gemini_hpc.runtime.coordinator import Coordinator, rules_of
 from gemini_hpc.runtime.household import Household, LineEnded, ProcessEnded
@@ -53,7 +53,7 @@ from gemini_hpc.runtime.paths import RunPaths, open_run
 from gemini_hpc.runtime.processes import die_with_parent
 from gemini_hpc.runtime.sealing import Sealer
 from gemini_hpc.runtime.wire import Wire
-from gemini_hpc.telemetry import EventLog, EventThread
+from gemini_hpc.telemetry import EventThread
 
 TICK_MS = 20
 FLUSH_S = 2.0
@@ -73,7 +73,7 @@ class Agent:
     def __init__(self, paths: RunPaths, run: RunConfig, node: str, nodes: tuple[str, ...]) -> None:
         self._paths, self._run, self._node = paths, run, node
         self._built_rank = min(nodes.index(node), run.cluster.nodes - 1)
-        self._events = EventThread(EventLog(paths.run_dir, node))
+        self._events = EventThread(paths.run_dir, node)
         self._wire = Wire(paths.keys)
         supervisor = self._wire.call(os.environ[CLUSTER], node)
         on_slurm = run.site.kind == "slurm"
@@ -369,6 +369,7 @@ def main() -> None:
     die_with_parent(int(os.environ[PARENT]) if run.site.kind == "local" else os.getppid())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to handle
     signal.signal(signal.SIGTERM, lambda told, _frame: _signals.append(told))
+    carry_output()
     Agent(paths, run, node, tuple(os.environ[NODES].split(","))).serve()
 
 

@@ -22,7 +22,7 @@ from gemini_hpc.config import RunConfig
 from gemini_hpc.core.codec import Message
 from gemini_hpc.core.messages import Finish, Retire, StartWorld, Suspend, WorldFailed
 from gemini_hpc.errors import GeminiError
-from gemini_hpc.runtime.children import DYING_WITH_US, NOT_WAITED_FOR, open_log, python
+from gemini_hpc.runtime.children import DYING_WITH_US, LOGGED_TO, python
 from gemini_hpc.runtime.cluster import LOOPBACK, address_of, own_address
 from gemini_hpc.runtime.paths import RunPaths
 from gemini_hpc.runtime.processes import RunLock, sweep
@@ -113,7 +113,6 @@ class Allocation(Embedded):
         self._said_preempted = 0.0
         self._supervisor_closes = False  # it has said that it knows of the end of the run
         self._dismissed = False  # and that it is done with it
-        self._windows_log = open_log(paths.logs / "windows.log")
         self._witness = Witness(self._job, node, nodes, run.recovery.heartbeat_timeout_s)
         self._lock = RunLock(paths.lock)
         self._claim()
@@ -230,10 +229,10 @@ class Allocation(Embedded):
         self._world_number = order.world
         try:
             self._world = subprocess.Popen(
-                [*NOT_WAITED_FOR, *command],
+                [*LOGGED_TO, str(paths.logs / "windows.log"), *command],
                 env=environment,
                 stdin=subprocess.DEVNULL,
-                stdout=self._windows_log,
+                stdout=subprocess.DEVNULL,
                 stderr=subprocess.STDOUT,
             )
         except OSError as error:

@@ -32,28 +32,38 @@ def python(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-u", "-m", module, *arguments]
 
 
-NOT_WAITED_FOR = ["/bin/sh", "-c", 'exec "$@"', "sh"]
-"""A program started behind these words may lie on a file system that hangs: its starter waits for the shell alone."""
+LOGGED_TO = ["/bin/sh", "-c", '(umask 077; : >>"$0") 2>/dev/null && exec >>"$0" 2>&1; exec "$@"']
+"""A program started behind these words and the path of a log writes to that, or to what it is given where that fails.
+
+Both may lie on a file system that hangs: the starter waits for the shell alone. And it has no file open there. Whoever
+is started gets a copy of all open files and has to close them, which hangs as well, and its starter waits for that.
+"""
 
 
-def open_log(path: Path) -> int:
-    """Open a file for the output of processes, once for all that will be started; it is lost where that fails."""
-    try:
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    except OSError:
-        return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+def carry_output() -> None:
+    """Have a child pass on what this process prints from now on, for the same reason: its own log is such a file.
+
+    The child ends when nobody is left who could print.
+    """
+    end, beginning = os.pipe()
+    command = ["/bin/sh", "-c", "trap '' INT TERM; exec cat"]
+    os.posix_spawn(command[0], command, {}, file_actions=[(os.POSIX_SPAWN_DUP2, end, 0)])
+    for output in (1, 2):
+        os.dup2(beginning, output)
+    os.close(end)
+    os.close(beginning)
 
 
 class Child:
     """A process that this one started and watches."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: int) -> None:
-        """Start `command`, its output to the open file `log`, with `environment` added. Raises OSError."""
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        """Start `command`, its output to the end of the file `log`, with `environment` added. Raises OSError."""
         self._process = subprocess.Popen(
-            [*NOT_WAITED_FOR, *command],
+            [*LOGGED_TO, str(log), *command],
             env={**os.environ, **environment, PARENT: str(os.getpid())},
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.STDOUT,
         )
         self.pid = self._process.pid

@@ -34,7 +34,7 @@ from gemini_hpc.runtime.allocation import Embedded
 from gemini_hpc.runtime.paths import RunPaths
 from gemini_hpc.runtime.status_file import StatusThread
 from gemini_hpc.runtime.wire import Client, Wire
-from gemini_hpc.telemetry import EventThread
+from gemini_hpc.telemetry import EventThread, keep_files_apart
 
 STATUS_S = 0.25
 """How often status.json is renewed; also at every change of the phase."""
@@ -102,6 +102,7 @@ class Coordinator:
 
     def _survey(self, number: int, below: int | None) -> None:
         """Look for the newest checkpoint (before step `below`); in a thread, for the shared file system may hang."""
+        keep_files_apart()
         while True:
             try:
                 found = manifest.newest(self._paths.run_dir, below)

@@ -9,7 +9,7 @@ import zmq
 from gemini_hpc.core.codec import Message
 from gemini_hpc.core.messages import Hello
 from gemini_hpc.runtime.channel import Channel, Listener
-from gemini_hpc.runtime.children import Child, open_log, python
+from gemini_hpc.runtime.children import Child, python
 from gemini_hpc.runtime.paths import RunPaths
 from gemini_hpc.runtime.processes import NODE_MARK, RUN_MARK, kill, state_of, wait_exit
 from gemini_hpc.runtime.wire import Tally
@@ -49,7 +49,6 @@ class Household:
         self._lines: dict[str, Channel] = {}
         self._children: dict[str, Child] = {}
         self._unborn: list[tuple[str, str]] = []  # could not be started: role, and why
-        self._logs = {role: open_log(paths.logs / f"{role}-{node}.log") for role in (WORKER, ARCHIVER)}
         poller.register(self._listener, zmq.POLLIN)
 
     def start(self, role: str, module: str, **environment: str) -> None:
@@ -58,7 +57,7 @@ class Household:
         marks = {RUN_MARK: self._paths.run_id, NODE_MARK: f"{self._paths.run_id}:{self._node}"}
         command = python(module, str(self._paths.run_dir), self._node)
         try:
-            child = Child(command, {**marks, **environment}, self._logs[role])
+            child = Child(command, {**marks, **environment}, self._paths.logs / f"{role}-{self._node}.log")
         except OSError as error:
             self._unborn.append((role, f"it could not be started ({error.strerror})"))
             return

@@ -18,7 +18,7 @@ from gemini_hpc.config import RunConfig
 from gemini_hpc.core.codec import Message
 from gemini_hpc.core.messages import Finish, Lead, NodeExited, NodeUp, Retire, StartWorld, Suspend, Voters, WorldFailed
 from gemini_hpc.runtime.allocation import Embedded
-from gemini_hpc.runtime.children import DYING_WITH_US, NOT_WAITED_FOR, Child, open_log, python
+from gemini_hpc.runtime.children import DYING_WITH_US, LOGGED_TO, Child, python
 from gemini_hpc.runtime.cluster import CLUSTER, LOOPBACK, NODES, RETURNED, nodes_of, own_address
 from gemini_hpc.runtime.living import note_job
 from gemini_hpc.runtime.paths import RunPaths
@@ -63,7 +63,6 @@ class Nodes(ABC):
         self._server: Server = self._wire.listen(address)
         self._poller = zmq.Poller()
         self._poller.register(self._server.socket, zmq.POLLIN)
-        self._logs = {node: open_log(paths.logs / f"agent-{node}.log") for node in self._names}
         self._agents: dict[str, Child] = {}
         self._alive: set[str] = set()  # nodes whose agents were started, and have not been lost
         self._up: dict[str, NodeUp] = {}
@@ -126,7 +125,7 @@ class Nodes(ABC):
     def _start(self, node: str, returned: bool = False) -> None:
         marks = {RUN_MARK: self._paths.run_id, NODE_MARK: f"{self._paths.run_id}:{node}"}
         names = {CLUSTER: self._server.endpoint, NODES: ",".join(self._names), RETURNED: str(int(returned))}
-        child = Child(self._command(node, marks | names), {}, self._logs[node])
+        child = Child(self._command(node, marks | names), {}, self._paths.logs / f"agent-{node}.log")
         self._agents[node] = child
         self._alive.add(node)
         self._poller.register(child.pidfd, zmq.POLLIN)
@@ -178,7 +177,6 @@ class VirtualNodes(Nodes):
         self._turned = time.monotonic()
         self._world: subprocess.Popen[bytes] | None = None
         self._world_number = 0
-        self._windows_log = open_log(paths.logs / "windows.log")
         super().__init__(paths, run, LOOPBACK)
 
     def _command(self, node: str, environment: dict[str, str]) -> list[str]:
@@ -227,10 +225,10 @@ class VirtualNodes(Nodes):
         self._world_number = order.world
         try:
             self._world = subprocess.Popen(
-                [*NOT_WAITED_FOR, *DYING_WITH_US, *command],
+                [*LOGGED_TO, str(self._paths.logs / "windows.log"), *DYING_WITH_US, *command],
                 env=environment,
                 stdin=subprocess.DEVNULL,
-                stdout=self._windows_log,
+                stdout=subprocess.DEVNULL,
                 stderr=subprocess.STDOUT,
             )
         except OSError as error:

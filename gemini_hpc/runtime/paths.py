@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from gemini_hpc.config import RunConfig, read_run
@@ -23,9 +24,9 @@ class RunPaths:
     run_dir: Path
     shm_dir: Path
 
-    @property
+    @cached_property
     def run_id(self) -> str:
-        return run_id(self.run_dir)
+        return run_id(self.run_dir)  # once: it looks at the shared file system, and an agent's loop must not
 
     @property
     def config(self) -> Path:

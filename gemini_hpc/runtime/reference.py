@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 
-from gemini_hpc.runtime.children import PARENT, Child, open_log, python
+from gemini_hpc.runtime.children import PARENT, Child, python
 from gemini_hpc.runtime.paths import RunPaths, open_run
 from gemini_hpc.runtime.processes import RUN_MARK, die_with_parent
 
@@ -46,12 +46,9 @@ def start(paths: RunPaths, world_size: int) -> list[Child]:
 
 
 def _start(paths: RunPaths, rank: int) -> Child:
-    log = open_log(paths.logs / f"reference-{rank}.log")
-    try:
-        environment = {RUN_MARK: paths.run_id, RANK: str(rank)}
-        return Child(python("gemini_hpc.runtime.reference", str(paths.run_dir)), environment, log)
-    finally:
-        os.close(log)
+    environment = {RUN_MARK: paths.run_id, RANK: str(rank)}
+    log = paths.logs / f"reference-{rank}.log"
+    return Child(python("gemini_hpc.runtime.reference", str(paths.run_dir)), environment, log)
 
 
 def main() -> None:

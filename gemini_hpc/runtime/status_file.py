@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from gemini_hpc.runtime.paths import RunPaths
+from gemini_hpc.telemetry import keep_files_apart
 
 
 def write_status(paths: RunPaths, status: dict[str, Any]) -> None:
@@ -33,6 +34,7 @@ class StatusThread:
         self._changed.set()
 
     def _write(self) -> None:
+        keep_files_apart()
         while self._changed.wait():
             self._changed.clear()
             write_status(self._paths, self._newest)

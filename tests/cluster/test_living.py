@@ -17,6 +17,12 @@ DOCUMENTED = {
 }  # fmt: skip
 
 
+def opened(pid: int) -> list[Path]:
+    """Return the files that a process has open, as its main thread sees them."""
+    links = Path(f"/proc/{pid}/fd").iterdir()
+    return [link.readlink() for link in links if link.is_symlink()]
+
+
 def test_a_drill_from_a_second_terminal(tmp_path: Path) -> None:
     with Run(tmp_path, "cluster.nodes=3", "train.steps=60", drills()) as run:
         run.wait_for_training(step=5)
@@ -44,11 +50,15 @@ def test_a_drill_from_a_second_terminal(tmp_path: Path) -> None:
 def test_the_expendable_processes_may_die(tmp_path: Path) -> None:
     """A window host, an archiver, an idle spare: no rank is lost, and training goes on in the same generation.
 
-    Though their logs cannot be opened any more: the shared file system may do what it likes.
+    Though their logs cannot be opened any more: the shared file system may do what it likes. So no agent has a file
+    of it open, which whatever it starts would have to close.
     """
     settings = ("cluster.nodes=3", "train.steps=100", "protect.persist_every=30", "verify=false")
     with Run(tmp_path, *settings, drills()) as run:
         run.wait_for_training(step=4)
+        assert not [
+            path for pid in run.pids("gemini_hpc.runtime.agent") for path in opened(pid) if run.run_dir in path.parents
+        ]
         shutil.rmtree(run.paths.logs)
         run.kill("gemini_hpc.windows.host", "node1")
         run.wait_for("world", state="ready", number=2)

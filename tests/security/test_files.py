@@ -13,7 +13,7 @@ import pytest
 from gemini_hpc.arena import Arena, Geometry
 from gemini_hpc.config import load_run
 from gemini_hpc.runtime.channel import Listener
-from gemini_hpc.runtime.children import Child, open_log, python
+from gemini_hpc.runtime.children import Child, python
 from gemini_hpc.runtime.paths import RunPaths
 from gemini_hpc.runtime.processes import RunLock
 from gemini_hpc.runtime.status_file import write_status
@@ -46,7 +46,7 @@ def start_a_run(place: Path) -> RunPaths:
     log.close()
     Arena.create(paths.arena("node0"), Geometry(1, 100), paths.run_id)
     Listener(paths.socket("node0"))._line.close()
-    child = Child(python("platform"), {}, open_log(paths.logs / "worker-node0.log"))
+    child = Child(python("platform"), {}, paths.logs / "worker-node0.log")
     os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED | os.WNOWAIT)
     child.end()
     return paths

@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gemini_hpc.telemetry import EventLog, read_events
+import pytest
+
+from gemini_hpc.telemetry import EventLog, EventThread, read_events
 
 
 def test_events_of_all_nodes_come_back_sorted(tmp_path: Path) -> None:
@@ -101,6 +103,22 @@ def test_a_log_that_cannot_be_written_does_not_stop_its_writer(tmp_path: Path) -
     log.emit("after")
     assert log.lost == 2
     assert [e["kind"] for e in read_events(tmp_path)] == ["before", "after"]
+
+
+def test_what_a_thread_that_keeps_its_files_apart_opens_no_child_inherits(tmp_path: Path) -> None:
+    thread = EventThread(tmp_path, "node0")
+    thread.emit("before")
+    inherited = subprocess.run(["ls", "-l", "/proc/self/fd"], capture_output=True, text=True, close_fds=False)
+    own = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    thread.close(5.0)
+    assert str(tmp_path) not in inherited.stdout and not [name for name in own if str(tmp_path) in name]
+    assert [e["kind"] for e in read_events(tmp_path)] == ["before"]
+
+
+def test_an_event_thread_without_a_log_says_so_at_once(tmp_path: Path) -> None:
+    (tmp_path / "events").touch()
+    with pytest.raises(FileExistsError):
+        EventThread(tmp_path, "node0")
 
 
 def test_importing_it_loads_the_standard_library_only() -> None:

@@ -30,6 +30,9 @@ CASE, NODES, PING, OVER, SEEN = "case", "nodes", "ping", "over", "seen"
 """Files of the folder: what is examined; the job's nodes; the time on the login node, again and again; the status of
 the step in the end; and that the login node has read it all."""
 
+DONE = "done"
+"""Stands for a probe in the last line of a node that has told everything; it has nothing to say by itself."""
+
 LOCKING, MPI_WORLD = TOGETHER = "locking", "MPI world"
 """Probes that the nodes do together: the first speaks for all."""
 
@@ -153,6 +156,7 @@ def probe_node(folder: Folder) -> int:
             began = time.monotonic()
             finding = examine(probe, case, tick)
             folder.add(found_by(node), entry(probe.name, finding, time.monotonic() - began))
+    folder.add(found_by(node), entry(DONE, Finding(Level.OK, ""), 0.0))
     return 0
 
 

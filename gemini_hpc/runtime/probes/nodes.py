@@ -34,6 +34,9 @@ UNTOLD = "?"
 NOT_STARTED = ("PENDING", "CONFIGURING", UNTOLD)
 
 PING_S = 0.1
+STALE_S = 5.0
+"""How long a file may still look shorter than it is: file systems in user space believe sizes for a second."""
+
 END_S = 5.0
 """How long a job that is done may take to leave the queue before it is cancelled."""
 
@@ -224,6 +227,9 @@ class _Watch:
         self._rows_told = max(self._rows_told, len(rows))
 
     def _conclude(self) -> Finding:
+        deadline = time.monotonic() + STALE_S
+        while self.over == 0 and not self._is_all_there() and time.monotonic() < deadline:
+            time.sleep(PING_S)
         self._tell_rows(whole=False)
         self._folder.post(on_nodes.SEEN, True)
         for node, last in silent({n: self._folder.lines(on_nodes.found_by(n)) for n in self._nodes}).items():
@@ -242,6 +248,10 @@ class _Watch:
         late = time.monotonic() > self._deadline
         how = f"step ended with status {self.over}" if self.over else "not done in time" if late else "ended early"
         return problem(f"{found}, {how} ({word}): see that the nodes see {self._folder.path.parent} and this Python")
+
+    def _is_all_there(self) -> bool:
+        files = [self._folder.lines(on_nodes.found_by(node)) for node in self._nodes]
+        return all(lines and lines[-1]["probe"] == on_nodes.DONE for lines in files)
 
     def _tell(self, name: str, finding: Finding) -> None:
         self._stream.tell(finding=on_nodes.entry(name, finding, 0.0), nodes=self._nodes)
