@@ -108,19 +108,19 @@ def shape(nodes: int, spares: int, steps: int) -> list[str]:
 def dead(cluster: SlurmCluster, node: str) -> Iterator[None]:
     """End a node; start it again afterwards, once Slurm has seen that it was gone."""
     cluster.nodes[node].end()
-    with _booted_again(cluster, node):
+    with booted_again(cluster, node):
         yield
 
 
 @contextmanager
 def lost_power(cluster: SlurmCluster, node: str) -> Iterator[None]:
     cluster.lose_power(node)
-    with _booted_again(cluster, node):
+    with booted_again(cluster, node):
         yield
 
 
 @contextmanager
-def _booted_again(cluster: SlurmCluster, node: str) -> Iterator[None]:
+def booted_again(cluster: SlurmCluster, node: str) -> Iterator[None]:
     try:
         yield
     finally:

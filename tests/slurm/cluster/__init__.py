@@ -2,5 +2,6 @@
 
 from tests.slurm.cluster.packages import unavailable, unpack
 from tests.slurm.cluster.slurm import Node, SlurmCluster
+from tests.slurm.cluster.storage import Storage
 
-__all__ = ["Node", "SlurmCluster", "unavailable", "unpack"]
+__all__ = ["Node", "SlurmCluster", "Storage", "unavailable", "unpack"]

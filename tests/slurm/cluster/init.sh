@@ -1,7 +1,7 @@
 #!/bin/bash
-# PID 1 of a node: NAME PLACE NETWORK [ROOT]. The login node gets ROOT, the folder with Slurm's files.
+# PID 1 of a node: NAME PLACE ADDRESS [ROOT]. The login node gets ROOT, the folder with Slurm's files.
 set -eu
-name=$1 place=$2 network=$3
+name=$1 place=$2 address=$3
 mount --make-rprivate /
 hostname "$name"
 mount -t tmpfs -o mode=1777,size=1g tmpfs /dev/shm
@@ -18,15 +18,20 @@ if [ "$name" = login ]; then
     mount --bind "$place/ibex" /ibex
     $ip link set lo up
     $ip link add bridge type bridge
-    $ip addr add "$network.1/24" dev bridge
+    $ip addr add "$address/24" dev bridge
     $ip link set bridge up
 else
     until $ip link show ib0 >/dev/null 2>&1; do sleep 0.01; done
     $ip link set lo up
-    $ip addr add "$network.$((10 + ${name#n}))/24" dev ib0
+    $ip addr add "$address/24" dev ib0
     $ip link set ib0 up
-    $ip route add default via "$network.1"
+    $ip route add default via "${address%.*}.1"
 fi
+if [ "$name" = storage ]; then
+    glusterfsd --no-daemon --volfile="$place/server.vol" --log-file="$place/log/glusterfsd.log"
+    exit
+fi
+if [ -e "$place/client.vol" ]; then bash "${0%/*}/mount.sh" "$place"; fi
 munged --key-file="$place/munge.key" --socket=/run/munge/munge.socket.2 --pid-file=/run/munge/munged.pid \
     --log-file="$place/log/munged.$name.log" --seed-file=/run/munge/seed --force
 if [ "$name" = login ]; then

@@ -1,4 +1,4 @@
-"""Debian's Slurm, unpacked beside the virtual environment and never installed: this machine stays without a Slurm."""
+"""Debian's Slurm and GlusterFS, unpacked beside the virtual environment: nothing of them is installed here."""
 
 import os
 import shutil
@@ -9,17 +9,13 @@ from pathlib import Path
 NAMES = (
     *("slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "munge"),
     *("libmunge2", "liblua5.1-0", "libhwloc15", "iproute2", "libbpf1", "libelf1", "libmnl0", "libcap2-bin"),
-    *(
-        "slurmdbd",
-        "slurm-wlm-mysql-plugin",
-        "mariadb-server-core",
-        "mariadb-client-core",
-        "mariadb-common",
-        "libmariadb3",
-    ),
-    *("libaio1", "liburing2", "libsnappy1v5", "libpmem1", "libnuma1", "libdaxctl1", "libndctl6"),
+    *("slurmdbd", "slurm-wlm-mysql-plugin", "mariadb-server-core", "mariadb-client-core"),
+    *("mariadb-common", "libmariadb3", "libaio1", "liburing2", "libsnappy1v5"),
+    *("libpmem1", "libnuma1", "libdaxctl1", "libndctl6"),
+    *("glusterfs-common", "libglusterfs0", "libgfrpc0", "libgfxdr0"),
 )
-"""With what Slurm's accounts lie in, and the libraries that a machine without Slurm may lack."""
+"""Slurm; the libraries that a machine without it may lack; its accounts' database; GlusterFS, for the tests that ask
+for it."""
 
 DOWNLOAD_S = 120.0
 ROOT = Path(sys.prefix, "slurm")
@@ -43,9 +39,9 @@ which a user who is root of a user namespace alone may not."""
 
 
 def unpack() -> Path:
-    """Return the folder with Slurm's files, fetched once; raises OSError when they cannot be had."""
+    """Return the folder with their files, fetched once; raises OSError when they cannot be had."""
     complete = ROOT / "complete"
-    if complete.exists() and complete.read_text() == " ".join(NAMES):
+    if complete.exists() and complete.read_text() == str(NAMES):
         return ROOT
     shutil.rmtree(ROOT, ignore_errors=True)
     debs = ROOT / "debs"
@@ -58,14 +54,14 @@ def unpack() -> Path:
         if _apt(debs, *options, "download", *NAMES) == 0:
             break
     else:
-        raise OSError("Debian's Slurm packages cannot be fetched")
+        raise OSError("Debian's packages cannot be fetched")
     for deb in sorted(debs.glob("*.deb")):
         subprocess.run(["dpkg", "-x", str(deb), str(ROOT)], check=True)
     for program in ROOT.glob("usr/*bin/*-wlm"):  # its parts tell by their names whose process they are in
         program.with_name(program.name.removesuffix("-wlm")).symlink_to(program.name)
-    for name in ("debs", "lists"):
+    for name in ("debs", "lists", "usr/share/doc"):
         shutil.rmtree(ROOT / name, ignore_errors=True)
-    complete.write_text(" ".join(NAMES))
+    complete.write_text(str(NAMES))
     return ROOT
 
 

@@ -18,6 +18,9 @@ from tests.slurm.cluster.packages import APART, unpack
 UP_S = 30.0
 CALL_S = 60.0
 NETWORK = "10.183.0"
+PLACES = {"login": 1, "storage": 2}
+"""In the network; those of the compute nodes begin with 11."""
+
 INIT = Path(__file__).with_name("init.sh")
 
 SLURMD = "slurmd -D -N {name}"
@@ -135,7 +138,7 @@ class SlurmCluster:
         accounting.write_text(ACCOUNTING.format(place=place))
         (place / "etc/slurm/cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         (place / "etc/slurm/gres.conf").write_text("Name=gpu File=/dev/null\n")  # one that is only counted
-        hosts = [f"{NETWORK}.1 login", *(f"{self.address(name)} {name}" for name in self.names)]
+        hosts = [f"{self.address(name)} {name}" for name in ("login", *self.names)]
         (place / "etc/hosts").write_text("\n".join(["127.0.0.1 localhost", *hosts, ""]))
         (place / "ibex").mkdir()
         self._mount_point = not IBEX.exists()
@@ -148,15 +151,23 @@ class SlurmCluster:
         self._until(lambda: len(self.states("idle")) == nodes, "all nodes to be idle")
 
     def address(self, name: str) -> str:
-        return f"{NETWORK}.{10 + int(name[1:])}"
+        return f"{NETWORK}.{PLACES.get(name) or 10 + int(name[1:])}"
 
     def boot(self, name: str) -> None:
-        """Start a node, for the first time or again."""
-        node = self.nodes[name] = self._start(name, self.login.enter(APART))
+        """Start a compute node, for the first time or again."""
+        self.nodes[name] = self.connect(name)
+
+    def connect(self, name: str) -> Node:
+        """Start a node on the network of the cluster."""
+        node = self._start(name, self.login.enter(APART))
         link = ["ip", "link", "add", f"v-{name}", "master", "bridge", "up", "type", "veth"]
         there = ["nsenter", f"--target={self.login.init}", "--mount", "--net"]  # by the numbers of this machine
         subprocess.run([*there, "ip", "link", "del", f"v-{name}"], capture_output=True)  # of its life before
-        subprocess.run([*there, *link, "peer", "name", "ib0", "netns", str(node.init)], check=True)
+        mac = (
+            f"02:00:00:00:00:{int(self.address(name).rpartition('.')[2]):02x}"  # as in its life before: others know it
+        )
+        subprocess.run([*there, *link, "peer", "name", "ib0", "address", mac, "netns", str(node.init)], check=True)
+        return node
 
     def lose_power(self, name: str) -> None:
         """End a node without a word: no connection to it is reset, as all that it would still send is lost."""
@@ -211,7 +222,7 @@ class SlurmCluster:
                     str(INIT),
                     name,
                     str(self.place),
-                    NETWORK,
+                    self.address(name),
                     *more,
                 ],
                 stdin=subprocess.DEVNULL,
