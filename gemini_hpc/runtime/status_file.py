@@ -11,8 +11,11 @@ from gemini_hpc.telemetry import keep_files_apart
 
 
 def write_status(paths: RunPaths, status: dict[str, Any]) -> None:
-    """Replace status.json in one move. A full disk must not stop a run: then the old one stays."""
-    temporary = paths.status.with_suffix(".tmp")
+    """Replace status.json in one move. A full disk must not stop a run: then the old one stays.
+
+    Agents and supervisor may do it at once, each with a file of its own, or one would move what the other has begun.
+    """
+    temporary = paths.status.with_name(f".{paths.status.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     try:
         temporary.write_text(json.dumps({**status, "t": time.time()}, indent=1) + "\n")
         os.replace(temporary, paths.status)
