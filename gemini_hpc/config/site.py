@@ -6,9 +6,9 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 from string import Template
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from gemini_hpc.config.validation import Section, nearest, validate
 from gemini_hpc.config.yaml_text import read_yaml
@@ -36,6 +36,8 @@ class SiteConfig(Section):
     """the memory file system of every node, for the arenas"""
     interface: str | None = None
     """network interface of the replicas, such as ib0; null: the default route's"""
+    mpi: Literal["mpich", "openmpi"] = "mpich"
+    """MPI of the replicas: mpich: the one that comes with the package; openmpi: the site's own Open MPI 4, on Slurm"""
     timeout_min: int = Field(1440, ge=1)
     """time limit of the job, minutes"""
     signal_delay_s: int = Field(120, ge=1)
@@ -80,6 +82,12 @@ class SiteConfig(Section):
                 wrong = f"slurm_additional_parameters: {key!r}: {value!r} is no sbatch option"
                 raise ValueError(f"{wrong}: write its long name and one value")
         return options
+
+    @model_validator(mode="after")
+    def _has_its_mpi(self) -> Self:
+        if self.mpi == "openmpi" and self.kind == "local":
+            raise ValueError("site.mpi is openmpi, which srun starts on Slurm sites only: set site.mpi=mpich")
+        return self
 
 
 def site_names() -> list[str]:

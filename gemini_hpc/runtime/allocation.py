@@ -18,7 +18,7 @@ from pathlib import Path
 
 import zmq
 
-from gemini_hpc.config import RunConfig
+from gemini_hpc.config import RunConfig, SiteConfig
 from gemini_hpc.core.codec import Message
 from gemini_hpc.core.messages import Finish, Retire, StartWorld, Suspend, WorldFailed
 from gemini_hpc.errors import GeminiError
@@ -30,6 +30,7 @@ from gemini_hpc.runtime.wire import Client
 from gemini_hpc.runtime.witness import Witness
 from gemini_hpc.slurm.control import SlurmError, SlurmJob, step_environment, this_job
 from gemini_hpc.windows.launch import (
+    SRUN_MPI,
     THIS_NODE,
     HostSpec,
     mpi_environment,
@@ -135,7 +136,7 @@ class Allocation(Embedded):
 
     def receive(self) -> Message | None:
         if self._world is not None and (status := self._world.poll()) is not None:
-            self._world, self._failed = None, f"its step ended with status {status}"
+            self._world, self._failed = None, f"its step ended with status {status}: see logs/windows.log"
         if self._failed:
             failed, self._failed = self._failed, ""
             return WorldFailed("", self._world_number, failed)
@@ -223,9 +224,7 @@ class Allocation(Embedded):
         self._end_world()
         paths, site = self._paths, self._run.site
         here = HostSpec(THIS_NODE, paths.arena(THIS_NODE), paths.socket(THIS_NODE))
-        command, environment = world_step(
-            self._job, order.members, paths.run_id, order.world, here, site.interface or network_interface()
-        )
+        command, environment = world_step(self._job, order.members, paths.run_id, order.world, here, site)
         self._world_number = order.world
         try:
             self._world = subprocess.Popen(
@@ -252,12 +251,14 @@ class Allocation(Embedded):
 
 
 def world_step(
-    job: SlurmJob, members: Sequence[str], run: str, world: int, here: HostSpec, interface: str | None
+    job: SlurmJob, members: Sequence[str], run: str, world: int, here: HostSpec, site: SiteConfig
 ) -> tuple[list[str], dict[str, str]]:
     """Return the command and the environment that start a world of window hosts on `members`: a step of the job.
 
-    In the fields of `here` THIS_NODE stands for each node's name.
+    In the fields of `here` THIS_NODE stands for each node's name. What site.slurm_setup says to Open MPI counts.
     """
-    step = job.step(members, "gemini-windows", "--mpi=pmi2")
+    step = job.step(members, "gemini-windows", f"--mpi={SRUN_MPI[site.mpi]}")
     program = step_command(Path(sys.executable), run, world, here)
-    return [*DYING_WITH_US, "/usr/bin/env", *step, *program], step_environment(os.environ) | mpi_environment(interface)
+    inherited, settings = step_environment(os.environ), mpi_environment(site.interface or network_interface(), site.mpi)
+    said = {name: value for name, value in inherited.items() if name.startswith("OMPI_MCA_")}
+    return [*DYING_WITH_US, "/usr/bin/env", *step, *program], inherited | settings | said

@@ -25,7 +25,7 @@ from gemini_hpc.runtime.paths import RunPaths
 from gemini_hpc.runtime.processes import NODE_MARK, RUN_MARK, children_of, kill, wait_exit
 from gemini_hpc.runtime.wire import Server, Wire
 from gemini_hpc.slurm.control import SlurmError, this_job
-from gemini_hpc.windows.launch import HostSpec, mpiexec_command
+from gemini_hpc.windows.launch import HostSpec, check_openmpi, mpiexec_command
 
 POLL_MS = 100
 SUSPEND_S = 1.0
@@ -254,6 +254,8 @@ class SlurmNodes(Nodes):
     """
 
     def __init__(self, paths: RunPaths, run: RunConfig) -> None:
+        if run.site.mpi == "openmpi":
+            check_openmpi(Path(sys.executable))
         self._job = this_job(run.site.call_timeout_s)
         self._looks_without_agents = 0
         note_job(paths, self._job.id)

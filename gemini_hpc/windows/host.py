@@ -143,7 +143,7 @@ class Host:
         """Return how long to wait for an order or for the transport.
 
         UCX's TCP has an epoll descriptor, which wakes this process at once, whether it pulls or serves. Without it
-        (shared memory, InfiniBand) a pull has to spin: sleeping between tests costs two thirds of its speed.
+        (shared memory, InfiniBand, Open MPI) a pull has to spin: sleeping between tests costs two thirds of its speed.
         """
         if self.transport_fds:
             return IDLE_POLL_S
@@ -261,7 +261,7 @@ def _transport_fds() -> list[int]:
 def _unlink_mpich_files() -> None:
     """Remove MPICH's own file from /dev/shm: it stays mapped, and as every rank counts as remote nobody opens it.
 
-    MPICH itself would remove it in Finalize, which is never called.
+    MPICH itself would remove it in Finalize, which is never called. Open MPI's files are Slurm's to remove.
     """
     for line in Path("/proc/self/maps").read_text().splitlines():
         _, start, name = line.partition("/dev/shm/mpich_shm_")

@@ -1,10 +1,11 @@
 """The command that starts one world of window hosts on this machine. No MPI here.
 
 The settings are those that survived the killing of ranks (FACTS.md section 4): MPICH over UCX, TCP in large segments,
-all ranks treated as remote.
+all ranks treated as remote. A Slurm site may name its own Open MPI in MPICH's place (DECISIONS.md, 38).
 """
 
 import os
+import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +15,19 @@ from gemini_hpc.errors import UserError
 
 _SHARED_MEMORY = Path("/dev/shm")
 _SEGMENT_BYTES = 256 << 10  # with UCX's own 8 KiB a quarter of the speed
-_MPICH_FILES = "mpich_shm_*"
+_MPI_FILES = ("mpich_shm_*", "open_mpi.*")
 _LEFTOVER_AGE_S = 1.0  # another MPI program of this user may be between creating and mapping its file
 _FROM_OTHER_LAUNCHERS = ("PMI_", "PMIX_", "HYDI_", "HYDRA_", "MPIEXEC_")
 
 
 THIS_NODE = "$SLURMD_NODENAME"
 """The name of the node, for a shell that runs in a step of Slurm."""
+
+SRUN_MPI = {"mpich": "pmi2", "openmpi": "pmix"}
+"""Which of srun's --mpi starts a world, by the site's MPI."""
+
+_OPENMPI = "libmpi.so.40"  # of all its releases 4
+_LOAD_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ def mpiexec_command(
 def step_command(python: Path, run: str, world: int, here: HostSpec) -> list[str]:
     """Return what every task of a step of Slurm runs: a host of `here`, in whose fields THIS_NODE is filled in there.
 
-    The step is started with `--mpi=pmi2` and `mpi_environment`; which node got which MPI rank, its hosts say.
+    The step is started with SRUN_MPI and `mpi_environment`; which node got which MPI rank, its hosts say.
     """
     fill_in = (
         f'GEMINI_NODE="{run}:{here.node}" GEMINI_AGENT="{here.agent_socket}" GEMINI_ARENA="{here.arena_path}" '
@@ -88,8 +95,15 @@ def step_command(python: Path, run: str, world: int, here: HostSpec) -> list[str
     return ["sh", "-c", fill_in, str(python), "-m", "gemini_hpc.windows.host", str(world)]
 
 
-def mpi_environment(interface: str | None) -> dict[str, str]:
-    """Return MPICH's and UCX's settings for hosts that meet over `interface`; None = shared memory of one machine."""
+def mpi_environment(interface: str | None, mpi: str = "mpich") -> dict[str, str]:
+    """Return the settings of a site's `mpi` for hosts that meet over `interface`.
+
+    None = shared memory of one machine with MPICH, whatever it chooses with Open MPI.
+    """
+    return _openmpi_environment(interface) if mpi == "openmpi" else _mpich_environment(interface)
+
+
+def _mpich_environment(interface: str | None) -> dict[str, str]:
     settings = {
         "MPIR_CVAR_CH4_NETMOD": "ucx",
         "MPIR_CVAR_NOLOCAL": "1",
@@ -106,6 +120,32 @@ def mpi_environment(interface: str | None) -> dict[str, str]:
     }
 
 
+def _openmpi_environment(interface: str | None) -> dict[str, str]:
+    settings = {
+        "MPI4PY_MPIABI": "openmpi",
+        "OMPI_MCA_pml": "ob1",
+        "OMPI_MCA_btl": "tcp,self",
+        "OMPI_MCA_osc": "pt2pt",
+        # By default Slurm (22.05) lets a rank out of MPI_Init while others have not come as far: its first message
+        # crashed them, in one start of six.
+        "SLURM_PMIX_FENCE": "tree",
+    }
+    return settings | ({"OMPI_MCA_btl_tcp_if_include": interface} if interface else {})
+
+
+def check_openmpi(python: Path) -> None:
+    """Raise UserError where Open MPI's library cannot be loaded, which a process of its own tries."""
+    load = [str(python), "-I", "-S", "-c", f"import ctypes; ctypes.CDLL({_OPENMPI!r})"]
+    try:
+        tried = subprocess.run(load, capture_output=True, text=True, timeout=_LOAD_S, stdin=subprocess.DEVNULL)
+        if tried.returncode == 0:
+            return
+        why = (tried.stderr.strip().splitlines() or [f"{_OPENMPI} ended its process ({tried.returncode})"])[-1]
+    except subprocess.TimeoutExpired:
+        why = f"{_OPENMPI} could not be loaded in {_LOAD_S:.0f} s"
+    raise UserError(f"site.mpi is openmpi, but {why}: load its module in site.slurm_setup, or set site.mpi=mpich")
+
+
 def network_interface(routes: str | None = None) -> str | None:
     """Return the interface of the default IPv4 route, else of any route, else None (a machine with `lo` alone).
 
@@ -120,15 +160,15 @@ def network_interface(routes: str | None = None) -> str | None:
 
 
 def mpi_leftovers(age_s: float = _LEFTOVER_AGE_S) -> list[Path]:
-    """Return the files in /dev/shm that killed MPICH processes of this user left behind.
+    """Return the files in /dev/shm that killed MPI processes of this user left behind.
 
     A host removes its own file as soon as MPI is up, so only one killed during MPI's start-up (some 50 ms) leaves it.
-    A leftover is a file of MPICH's name, owned by this user, mapped by no living process, and not made just now.
+    A leftover is a file of MPI's name, owned by this user, mapped by no living process, and not made just now.
     """
     mapped = "".join(_maps(process) for process in Path("/proc").glob("[0-9]*"))
     newest = time.time() - age_s
     leftovers = []
-    for path in _SHARED_MEMORY.glob(_MPICH_FILES):
+    for path in (path for pattern in _MPI_FILES for path in _SHARED_MEMORY.glob(pattern)):
         try:
             status = path.stat()
         except FileNotFoundError:

@@ -44,6 +44,15 @@ def test_a_site_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert site.slurm_additional_parameters == {"exclusive": True}
 
 
+def test_a_sites_own_open_mpi_is_for_slurm(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("extends: ibex\nmpi: openmpi\n")
+    assert (resolve_site(str(file)).mpi, resolve_site("ibex").mpi) == ("openmpi", "mpich")
+    file.write_text("mpi: openmpi\n")
+    with pytest.raises(UserError, match=r"mine.yaml: site.mpi is openmpi, .* Slurm sites only: set site.mpi=mpich"):
+        resolve_site(str(file))
+
+
 def test_a_site_that_extends_another_says_only_what_differs(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("extends: ibex\nslurm_constraint: v100\n")

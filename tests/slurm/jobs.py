@@ -76,11 +76,24 @@ class SlurmRun(Run):
     def note_mpi_files(self) -> None:
         """They lie in the nodes' own memory, all of which is looked at."""
 
+    def host_maps(self, node: str) -> str:
+        """Return what the window host of a node has mapped."""
+        return self._of_host(node, "cat $(sed 's:.*:/proc/&/maps:')")
+
+    def kill_host(self, node: str) -> None:
+        self._of_host(node, "xargs kill -KILL")
+
+    def _of_host(self, node: str, command: str) -> str:
+        """Return what a shell command prints that reads the process of a node's window host from its input."""
+        words = ["sh", "-c", f"pgrep -f '^[^ ]*python -m gemini_hpc.windows.host' | {command}"]
+        return subprocess.run(self.cluster.nodes[node].enter(words), capture_output=True, text=True).stdout
+
     def leftovers(self) -> list[str]:
         left = []
         for node in self.cluster.nodes.values():
             if node.alive:
-                words = ["sh", "-c", "ls -d /dev/shm/* 2>/dev/null; pgrep -af [g]emini_hpc"]
+                mpi = f"/run/spmix_* /run/ompi.* /tmp/ompi.{node.name}.*"  # of Slurm's PMIx and of Open MPI
+                words = ["sh", "-c", f"ls -d /dev/shm/* {mpi} 2>/dev/null; pgrep -af [g]emini_hpc"]
                 found = subprocess.run(node.enter(words), capture_output=True, text=True)
                 left += [f"{node.name}: {line}" for line in found.stdout.splitlines()]
         return left

@@ -103,6 +103,32 @@ def test_a_node_loses_power_while_slurm_believes_it_alive(
         matrix.enter_recovery("Slurm: a node loses power", item, since)
 
 
+@pytest.mark.faults
+@pytest.mark.long
+def test_two_nodes_are_lost_with_the_sites_own_open_mpi(
+    cluster: SlurmCluster, tmp_path: Path, matrix: Matrix, references: References
+) -> None:
+    """One dies; a window host breaks the world of the others; when the next one protects them, one loses its power."""
+    with SlurmRun(cluster, tmp_path, *shape(3, 2, STEPS), "site.mpi=openmpi") as run:
+        run.wait_for_training(step=10)
+        assert all("/libmpi.so.40" in run.host_maps(node) for node in run.nodes)
+        first, second, since = run.nodes[1], run.nodes[2], time.time()
+        with dead(cluster, first):
+            run.wait_for("first_step", generation=run.generation(2))
+            assert run.status["window_world"] == {"number": 1, "state": "ready"}
+            run.kill_host(run.nodes[0])
+            ready = run.wait_for("world", number=2, state="ready")
+            run.wait_for("safe", since=ready["t"])
+            again = time.time()
+            with lost_power(cluster, second):
+                run.wait_for("first_step", generation=run.generation(3))
+                run.wait_for_end()
+        assert_identical(run, references(3, STEPS))
+        for item, lost, struck in zip(recoveries(run.events()), (first, second), (since, again), strict=True):
+            assert (item.targets, item.rung, item.tier) == ((lost,), "hot_swap", "peer")
+            matrix.enter_recovery(f"Slurm, Open MPI: {'a node' if lost == first else 'another'} is lost", item, struck)
+
+
 def test_the_script_works_as_it_is_from_the_root_of_the_repository(cluster: SlurmCluster) -> None:
     """All that it asks for, Ibex's nodes have, and those of the tests."""
     told = cluster.run("sbatch", "--parsable", "--output=/dev/null", "sbatch/gpt2_gemini.sh", cwd=ROOT)

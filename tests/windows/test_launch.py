@@ -65,6 +65,23 @@ def test_a_machine_with_loopback_alone_uses_shared_memory() -> None:
     assert launch.mpi_environment("eth0")["UCX_NET_DEVICES"] == "eth0"
 
 
+def test_open_mpi_meets_over_the_interface_too() -> None:
+    settings = launch.mpi_environment("ib0", "openmpi")
+    assert settings["MPI4PY_MPIABI"] == "openmpi" and settings["OMPI_MCA_btl_tcp_if_include"] == "ib0"
+    assert not any(name.startswith(("UCX_", "MPIR_")) for name in settings)
+    assert "OMPI_MCA_btl_tcp_if_include" not in launch.mpi_environment(None, "openmpi")
+
+
+def test_a_missing_open_mpi_is_one_line(tmp_path: Path) -> None:
+    python, why = tmp_path / "python", "OSError: libmpi.so.40: cannot open shared object file"
+    python.write_text(f"#!/bin/sh\nprintf 'Traceback\n{why}\n' >&2; exit 1")
+    python.chmod(0o755)
+    with pytest.raises(UserError, match=f"openmpi, but {why}: load its module in site.slurm_setup, or set site.mpi="):
+        launch.check_openmpi(python)
+    python.write_text("#!/bin/sh\nexit 0")
+    launch.check_openmpi(python)
+
+
 def test_a_leftover_is_old_and_mapped_by_nobody() -> None:
     path = Path(f"/dev/shm/mpich_shm_test{os.getpid()}_0")
     path.write_bytes(bytes(mmap.PAGESIZE))

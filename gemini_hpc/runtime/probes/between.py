@@ -21,7 +21,7 @@ from gemini_hpc.runtime.probes.network import PULLS, HostLine, interfaces, judge
 from gemini_hpc.runtime.probes.storage import NOT_TRIED
 from gemini_hpc.slurm.control import SlurmJob
 from gemini_hpc.windows import HostSpec, network_interface
-from gemini_hpc.windows.launch import THIS_NODE
+from gemini_hpc.windows.launch import SRUN_MPI, THIS_NODE
 
 TOGETHER_S = 60.0
 """How long a node waits for another one, which may not be done with what it looks at alone."""
@@ -183,7 +183,7 @@ class _World:
         recovery, nodes = self._case.run.recovery, self._place.nodes
         interface = self._case.run.site.interface or network_interface()
         began = time.monotonic()
-        self._start(interface)
+        self._start()
         self._line.open()
         self._line.hear(HostReady)
         start_s = time.monotonic() - began
@@ -191,7 +191,8 @@ class _World:
         self._place.tell("sealed", asdict(sealed))
         pulled = [self._place.hear("pulled", node) for node in self._place.others]
         speed = sealed.nbytes / median(s for times in pulled for s in times)
-        hosts, over = f"{len(nodes)} window hosts by srun --mpi=pmi2", f"TCP over {interface}"
+        kind = SRUN_MPI[self._case.run.site.mpi]
+        hosts, over = f"{len(nodes)} window hosts by srun --mpi={kind}", f"TCP over {interface}"
         return judge_world(hosts, start_s, recovery.world_s, sealed.nbytes, speed, over)
 
     def follow(self) -> Finding:
@@ -203,10 +204,10 @@ class _World:
         place.tell("pulled", [pull() for _ in range(PULLS)])
         return SILENT
 
-    def _start(self, interface: str | None) -> None:
+    def _start(self) -> None:
         case, place = self._case, self._place
         here = HostSpec(THIS_NODE, case.shared(f"{THIS_NODE}.arena"), case.shared(f"{THIS_NODE}.sock"))
-        command, environment = world_step(place.job, place.nodes, case.id, 1, here, interface)
+        command, environment = world_step(place.job, place.nodes, case.id, 1, here, case.run.site)
         with self._log.open("wb") as log:
             self._step = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT

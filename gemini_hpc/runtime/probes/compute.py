@@ -10,6 +10,7 @@ from gemini_hpc.runtime.probes.examine import Case, Finding, ok, problem, warnin
 from gemini_hpc.runtime.probes.network import interfaces, no_interface
 from gemini_hpc.slurm.control import ask
 from gemini_hpc.windows import network_interface
+from gemini_hpc.windows.launch import SRUN_MPI
 
 OF_AGENTS = ("srun", "scontrol", "squeue", "sinfo", "scancel")
 """Programs of Slurm that agents call."""
@@ -29,8 +30,8 @@ def programs(case: Case) -> Finding:
     # older versions list them on stderr
     offered = mpi_kinds(ask(timeout_s, "sh", "-c", "srun --mpi=list 2>&1"))
     found = f"{version}; srun --mpi offers {', '.join(offered) or 'neither pmi2 nor pmix'}"
-    if "pmi2" not in offered:
-        return problem(f"{found}: window hosts need pmi2: ask the site for Slurm's plugin mpi_pmi2")
+    if (needed := SRUN_MPI[case.run.site.mpi]) not in offered:
+        return problem(f"{found}: window hosts need {needed}: ask the site for Slurm's plugin mpi_{needed}")
     return ok(found)
 
 

@@ -36,6 +36,8 @@ DONE = "done"
 LOCKING, MPI_WORLD = TOGETHER = "locking", "MPI world"
 """Probes that the nodes do together: the first speaks for all."""
 
+OTHER_MPI = "load the module of an Open MPI 4 with PMIx in site.slurm_setup, or set site.mpi=mpich"
+
 ABANDONED_S = 60.0
 """Without a new ping for so long nobody waits for what is found."""
 
@@ -88,7 +90,7 @@ def probes_on_node(run: RunConfig, place: Place) -> tuple[Probe, ...]:
     return (
         *alone,
         Probe(LOCKING, "answers of the other nodes", 2 * TOGETHER_S, locks, between.SHARED),
-        Probe(MPI_WORLD, hosts, world_s, world, network.other_interface()),
+        Probe(MPI_WORLD, hosts, world_s, world, OTHER_MPI if run.site.mpi == "openmpi" else network.other_interface()),
     )
 
 

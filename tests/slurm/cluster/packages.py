@@ -13,9 +13,11 @@ NAMES = (
     *("mariadb-common", "libmariadb3", "libaio1", "liburing2", "libsnappy1v5"),
     *("libpmem1", "libnuma1", "libdaxctl1", "libndctl6"),
     *("glusterfs-common", "libglusterfs0", "libgfrpc0", "libgfxdr0"),
+    # the site's own Open MPI; its libpmix.so, which Slurm's plugin loads, is a file of the -dev package
+    *("libopenmpi3", "openmpi-common", "libpmix2", "libpmix-dev", "libevent-core-2.1-7", "libevent-pthreads-2.1-7"),
 )
 """Slurm; the libraries that a machine without it may lack; its accounts' database; GlusterFS, for the tests that ask
-for it."""
+for it; Open MPI."""
 
 DOWNLOAD_S = 120.0
 ROOT = Path(sys.prefix, "slurm")
