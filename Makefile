@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help run test simulate-faults check faults slurm-demo lab bench clean FORCE
+.PHONY: help run test simulate-faults check faults slurm-faults slurm-demo lab bench clean FORCE
 
 # Modules loaded on a cluster often set these; packages from outside would be taken for our own.
 unexport PYTHONPATH PYTHONHOME
@@ -36,7 +36,10 @@ check: .venv/.ready ## format, lint, types, import contracts, shell scripts, the
 	exec $(PY) -m pytest $(ARGS)
 
 faults: .venv/.ready ## the fault matrix: every failure on real processes, and a table of what became of it (20 minutes)
-	@exec $(PY) -m pytest -m faults $(ARGS) tests/cluster tests/slurm
+	@exec $(PY) -m pytest -m faults $(ARGS) tests/cluster
+
+slurm-faults: .venv/.ready ## the same for nodes of a real Slurm: they lose their power, their link, their time
+	@exec $(PY) -m pytest -m faults $(ARGS) tests/slurm
 
 slurm-demo: .venv/.ready ## a Slurm of six nodes on this machine, a job, and a node that loses its power
 	@exec $(PY) -m tests.slurm.demo

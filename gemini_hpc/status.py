@@ -59,7 +59,8 @@ def _printable(text: str) -> str:
 def _text(name: str, status: dict[str, Any]) -> str:
     alive = {True: "alive", False: "not running", None: "Slurm does not say whether it runs"}[status["alive"]]
     if "generation" not in status:
-        return f"{name}: {alive}, {status.get('state', 'no status yet')}"
+        reason = f"\n{status['reason']}" if status.get("reason") else ""
+        return f"{name}: {alive}, {status.get('state', 'no status yet')}{reason}"
     lines = [
         f"{name}: {status['state']} ({alive}), step {status['step']} of {status['total_steps']}, "
         f"generation {status['generation']}, coordinated by {status['coordinator']}",

@@ -110,7 +110,7 @@ def _at_home(cluster: Cluster, at_step: int) -> dict[int, str]:
     ranks: dict[int, str] = {}
     for rank in range(cluster.rules.world_size):
         places = cluster.copies.get((rank, at_step), {})
-        homes = [n for n, copy in places.items() if copy.area == 0 and cluster.members[n].alive]
+        homes = [n for n, copy in places.items() if copy.area == 0 and cluster.members[n].able]
         homes = [node for node in homes if node not in ranks.values()]
         if not homes:
             return {}

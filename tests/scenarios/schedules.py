@@ -221,7 +221,7 @@ SORTS: dict[str, tuple[str, ...]] = {
     ),
     "hosts": (
         *("no_host", "no_host", "no_worlds", "crash_host", "hang_host", "kill_node", "kill_worker"),
-        *("drain", "corrupt", "link", "no_tier"),
+        *("drain", "corrupt", "link", "no_tier", "bad_node"),
     ),
     "returns": ("kill_node", "kill_node", "kill_node", "kill_worker", "pause", "link", "split", "no_host", "drain"),
     "code": (
