@@ -102,7 +102,7 @@ def test_a_doctor_that_is_ended_leaves_neither_job_nor_folder(
     output = tmp_path / "output"
     until(lambda: "n1, n2: " in output.read_text() or process.poll() is not None, "a finding of the nodes", START_S)
     assert list(tmp_path.glob(".gemini-doctor-*")) and cluster.run("squeue", "-h").stdout
-    # nsenter stays before the command, and passes no signal on
+    # enter.py stays before the command, and passes no signal on
     cluster.run("pkill", f"-{number.name[3:]}", "-o", "-f", f"^{sys.executable} -m gemini_hpc.doctor")
     assert process.wait(GONE_S + GONE_S) == 130, output.read_text()
     assert "waiting for: the end of the job, which is cancelled" in output.read_text()

@@ -22,22 +22,25 @@ for it; Open MPI."""
 DOWNLOAD_S = 120.0
 ROOT = Path(sys.prefix, "slurm")
 
+APART = ["unshare", "--mount", "--net", "--uts", "--ipc", "--pid", "--fork", "--mount-proc", "--kill-child"]
+"""The words that start a program in namespaces of its own."""
+
+OWNER = [] if os.geteuid() == 0 else ["--user", "--map-current-user", "--keep-caps"]
+"""What a plain user adds to them, once: these are his in a user namespace. He stays who he is there, as Slurm's daemons
+drop supplementary groups when they are root, which root of such a namespace may not."""
+
 
 def unavailable() -> str:
     """Say why there can be no Slurm here; "" = there can."""
-    for tool in ("apt-get", "dpkg", "unshare", "nsenter"):
+    for tool in ("apt-get", "dpkg", "unshare", "setpriv"):
         if shutil.which(tool) is None:
             return f"no {tool} here, so no Slurm of our own"
-    if os.geteuid() != 0:
-        return "a Slurm of our own takes root: its nodes are namespaces"
     overlay = ["mount", "-t", "overlay", "-o", "lowerdir=/etc:/usr", "overlay", "/mnt"]
-    probe = subprocess.run([*APART, *overlay], capture_output=True, text=True, timeout=DOWNLOAD_S)
-    return f"no namespaces, or no overlays, here: {probe.stderr.strip()}" if probe.returncode else ""
-
-
-APART = ["unshare", "--mount", "--net", "--uts", "--ipc", "--pid", "--fork", "--mount-proc", "--kill-child"]
-"""The words that start a program in namespaces of its own. It takes root: Slurm's daemons drop supplementary groups,
-which a user who is root of a user namespace alone may not."""
+    probe = subprocess.run([*APART, *OWNER, *overlay], capture_output=True, text=True, timeout=DOWNLOAD_S)
+    if probe.returncode == 0:
+        return ""
+    who = "root" if os.geteuid() == 0 else "a plain user"
+    return f"no Slurm of our own: {who} may have no namespaces, or no overlays, here: {probe.stderr.strip()}"
 
 
 def unpack() -> Path:

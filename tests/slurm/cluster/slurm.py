@@ -6,14 +6,15 @@ nothing of them is ever seen outside.
 """
 
 import os
+import pwd
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
-from tests.slurm.cluster.packages import APART, unpack
+from tests.slurm.cluster.packages import APART, OWNER, unpack
 
 UP_S = 30.0
 CALL_S = 60.0
@@ -22,17 +23,15 @@ PLACES = {"login": 1, "storage": 2}
 """In the network; those of the compute nodes begin with 11."""
 
 INIT = Path(__file__).with_name("init.sh")
+ENTER = Path(__file__).with_name("enter.py")
 
 SLURMD = "slurmd -D -N {name}"
-
-IBEX = Path("/ibex")
-"""The shared file system that sbatch/gpt2_gemini.sh writes to. Here it is empty: the nodes have one of their own."""
 
 CONF = """\
 ClusterName=test
 SlurmctldHost=login({network}.1)
-SlurmUser=root
-SlurmdUser=root
+SlurmUser={user}
+SlurmdUser={user}
 AuthType=auth/munge
 AuthInfo=cred_expire=5
 CredType=cred/munge
@@ -75,7 +74,7 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10
 ACCOUNTING = """\
 AuthType=auth/munge
 DbdHost=localhost
-SlurmUser=root
+SlurmUser={user}
 StorageType=accounting_storage/mysql
 StorageHost=localhost
 StorageUser=root
@@ -103,11 +102,16 @@ class Node:
         os.kill(self.init, signal.SIGKILL)
         self._starter.wait()
 
-    def enter(self, words: Sequence[str], cwd: Path | None = None) -> list[str]:
-        """Return the command that runs `words` on this node."""
-        spaces = ["--mount", "--net", "--uts", "--ipc", "--pid"]
-        there = ["sh", "-c", 'cd "$0" && exec "$@"', str(cwd or Path.cwd())]
-        return ["nsenter", f"--target={self.init}", *spaces, *there, *words]
+    def enter(self, words: Sequence[str], cwd: Path | None = None, as_root: bool = False) -> list[str]:
+        """Return the command that runs `words` on this node: as who we are, or with the capabilities of its root."""
+        program = [sys.executable, "-I", "-S", str(ENTER)]
+        return [*program, str(self.init), str(cwd or Path.cwd()), "yes" if as_root else "no", *words]
+
+    @property
+    def number(self) -> int:
+        """Its PID 1, as the login node numbers it."""
+        status = Path(f"/proc/{self.init}/status").read_text()
+        return int(status.partition("NSpid:")[2].splitlines()[0].split()[-2])
 
 
 class SlurmCluster:
@@ -118,6 +122,7 @@ class SlurmCluster:
         self.names = [f"n{i}" for i in range(1, nodes + 1)]
         for name in ("state", "log", "etc/slurm", *(f"spool.{name}" for name in self.names)):
             (place / name).mkdir(parents=True)
+        user = self._user()
         key = place / "munge.key"
         key.touch(0o600)
         key.write_bytes(os.urandom(128))
@@ -128,6 +133,7 @@ class SlurmCluster:
         (place / "etc/slurm/slurm.conf").write_text(
             CONF.format(
                 network=NETWORK,
+                user=user,
                 place=place,
                 slurmd_timeout_s=slurmd_timeout_s,
                 nodes="\n".join(lines),
@@ -135,16 +141,14 @@ class SlurmCluster:
         )
         accounting = place / "etc/slurm/slurmdbd.conf"
         accounting.touch(0o600)
-        accounting.write_text(ACCOUNTING.format(place=place))
+        accounting.write_text(ACCOUNTING.format(user=user, place=place))
         (place / "etc/slurm/cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         (place / "etc/slurm/gres.conf").write_text("Name=gpu File=/dev/null\n")  # one that is only counted
         (place / "etc/slurm/mpi.conf").write_text("PMIxCliTmpDirBase=/run\n")  # /tmp, the default, is all nodes' here
         hosts = [f"{self.address(name)} {name}" for name in ("login", *self.names)]
         (place / "etc/hosts").write_text("\n".join(["127.0.0.1 localhost", *hosts, ""]))
         (place / "ibex").mkdir()
-        self._mount_point = not IBEX.exists()
-        IBEX.mkdir(exist_ok=True)
-        self.login = self._start("login", APART, str(unpack()))
+        self.login = self._start("login", [*APART, *OWNER], str(unpack()))
         self.nodes: dict[str, Node] = {}
         self._until(lambda: (place / "log/login.up").exists(), "the login node")
         for name in self.names:
@@ -159,15 +163,13 @@ class SlurmCluster:
         self.nodes[name] = self.connect(name)
 
     def connect(self, name: str) -> Node:
-        """Start a node on the network of the cluster."""
-        node = self._start(name, self.login.enter(APART))
-        link = ["ip", "link", "add", f"v-{name}", "master", "bridge", "up", "type", "veth"]
-        there = ["nsenter", f"--target={self.login.init}", "--mount", "--net"]  # by the numbers of this machine
-        subprocess.run([*there, "ip", "link", "del", f"v-{name}"], capture_output=True)  # of its life before
-        mac = (
-            f"02:00:00:00:00:{int(self.address(name).rpartition('.')[2]):02x}"  # as in its life before: others know it
-        )
-        subprocess.run([*there, *link, "peer", "name", "ib0", "address", mac, "netns", str(node.init)], check=True)
+        """Start a node on the network of the cluster, under the address that it had in its life before."""
+        node = self._start(name, self.login.enter(APART, as_root=True))
+        self._ip("link", "del", f"v-{name}")  # of that life
+        mac = f"02:00:00:00:00:{int(self.address(name).rpartition('.')[2]):02x}"  # others remember it
+        link, peer = ["link", "add", f"v-{name}", "master", "bridge", "up"], ["peer", "name", "ib0", "address", mac]
+        done = self._ip(*link, "type", "veth", *peer, "netns", str(node.number))
+        assert done.returncode == 0, done.stderr
         return node
 
     def lose_power(self, name: str) -> None:
@@ -193,8 +195,12 @@ class SlurmCluster:
         self._link(name, "up")
 
     def _link(self, name: str, state: str) -> None:
-        done = self.run("ip", "link", "set", f"v-{name}", state)
+        done = self._ip("link", "set", f"v-{name}", state)
         assert done.returncode == 0, done.stderr
+
+    def _ip(self, *words: str) -> "subprocess.CompletedProcess[str]":
+        command = self.login.enter(["ip", *words], as_root=True)
+        return subprocess.run(command, capture_output=True, text=True, timeout=CALL_S)
 
     def run(self, *words: str, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
         """Run a command on the login node."""
@@ -208,9 +214,17 @@ class SlurmCluster:
         self.login.end()  # and with it all that was started from it
         for node in self.nodes.values():
             node._starter.wait()
-        if self._mount_point:
-            with suppress(OSError):  # another cluster's by now
-                IBEX.rmdir()
+
+    def _user(self) -> str:
+        """Return our name, and see to it that the nodes' /etc/passwd has it: there is nobody else to ask there."""
+        known, uid = Path("/etc/passwd").read_text(), os.getuid()
+        try:
+            entry = pwd.getpwuid(uid)
+        except KeyError:
+            entry = pwd.struct_passwd((f"user{uid}", "x", uid, os.getgid(), "", "/", "/bin/sh"))
+        line = ":".join(map(str, entry))
+        (self.place / "etc/passwd").write_text(known if line in known.splitlines() else f"{known}{line}\n")
+        return entry.pw_name
 
     def _start(self, name: str, words: Sequence[str], *more: str) -> Node:
         with (self.place / "log" / f"init.{name}.log").open("ab") as log:

@@ -79,7 +79,7 @@ class Storage:
         """Set the speed of the server's link."""
         shape = ["root", "tbf", "rate", f"{mbit}mbit", "burst", "64kb", "latency", "200ms"]
         for node, device in ((self.cluster.login, "v-storage"), (self._server, "ib0")):
-            subprocess.run(node.enter(["tc", "qdisc", "replace", "dev", device, *shape]), check=True)
+            subprocess.run(node.enter(["tc", "qdisc", "replace", "dev", device, *shape], as_root=True), check=True)
 
     @contextmanager
     def away(self) -> Iterator[None]:
@@ -95,7 +95,7 @@ class Storage:
         self._client.unlink()
         self.cluster.run("pkill", "-KILL", "-x", "glusterfs", cwd=ELSEWHERE)
         for node in self._users():
-            subprocess.run(node.enter(["umount", "--lazy", str(self.path)], ELSEWHERE), check=True)
+            subprocess.run(node.enter(["umount", "--lazy", str(self.path)], ELSEWHERE, as_root=True), check=True)
         self._server.end()
         shutil.rmtree(self.path)
 
@@ -107,7 +107,7 @@ class Storage:
         words = ["bash", str(MOUNT), str(self.cluster.place)]
         found = ["stat", "--file-system", "--format=%T", str(self.path)]
         end = time.monotonic() + UP_S
-        subprocess.run(node.enter(words, ELSEWHERE), check=True, timeout=CALL_S)
+        subprocess.run(node.enter(words, ELSEWHERE, as_root=True), check=True, timeout=CALL_S)
         while subprocess.run(node.enter(found, ELSEWHERE), capture_output=True).stdout != b"fuseblk\n":
             assert time.monotonic() < end, f"no GlusterFS on {node.name}"
             time.sleep(0.05)
