@@ -27,7 +27,7 @@ def add_to(training):
 
     return replace(training, batch=batch)
 """
-"""Does not get done before the time limit."""
+"""Does not get done before Slurm has noticed something, or the time limit comes."""
 
 
 def hot_swapped(run: SlurmRun, lost: str) -> Recovery:
@@ -87,6 +87,7 @@ def test_a_link_is_cut_and_comes_back(
 
 def test_slurmd_alone_is_killed(cluster: SlurmCluster, tmp_path: Path, matrix: Matrix, references: References) -> None:
     """Slurm sets its node DOWN, which works on: it is left in good order, before slurmd is back and ends all there."""
+    (tmp_path / "trouble.py").write_text(SLOW)
     with SlurmRun(cluster, tmp_path, *shape(3, 1, 2 * STEPS)) as run:
         run.wait_for_training(step=10)
         lost = run.nodes[1]
