@@ -115,16 +115,17 @@ class Allocation(Embedded):
         self._supervisor_closes = False  # it has said that it knows of the end of the run
         self._dismissed = False  # and that it is done with it
         self._witness = Witness(self._job, node, nodes, run.recovery.heartbeat_timeout_s)
-        self._lock = RunLock(paths.lock)
+        self._node_lock, self._lock = RunLock(paths.node_lock(node)), RunLock(paths.lock)
         self._claim()
 
     def _claim(self) -> None:
         """Do for this node what the supervisor does for virtual ones: hold the run's lock, sweep what is dead."""
         deadline = time.monotonic() + LEAVING_S
-        while not self._lock.take():
-            if time.monotonic() > deadline:
-                raise GeminiError("another job does this run on this node already; cancel it, or start a new run")
-            time.sleep(0.1)
+        for lock, shared in ((self._node_lock, False), (self._lock, True)):
+            while not lock.take(shared):
+                if time.monotonic() > deadline:
+                    raise GeminiError("another job does this run on this node already; cancel it, or start a new run")
+                time.sleep(0.1)
         sweep(self._paths.shm_dir)
         remove_mpi_leftovers()
 
@@ -219,6 +220,7 @@ class Allocation(Embedded):
         self._end_world()
         remove_mpi_leftovers()
         self._lock.release()
+        self._node_lock.release()
 
     def _start_world(self, order: StartWorld) -> None:
         self._end_world()

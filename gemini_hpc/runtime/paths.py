@@ -72,6 +72,10 @@ class RunPaths:
         """Held while the run lives. In one place whatever the site, so that everybody on the machine finds it."""
         return lock_path(self.run_id)
 
+    def node_lock(self, node: str) -> Path:
+        """Held while the agent of a node of Slurm lives."""
+        return Path(self.lock.parent, f"gemini-{self.run_id}-{node}.lock")
+
 
 def open_run(run_dir: str | Path) -> tuple[RunPaths, RunConfig]:
     """Return the files and the configuration of an existing run. Raises UserError when it is not one."""

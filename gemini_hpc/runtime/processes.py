@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from gemini_hpc.runtime.paths import lock_path
@@ -109,18 +110,21 @@ def wait_exit(pidfd: int, timeout_s: float) -> bool:
 
 
 class RunLock:
-    """The claim on a run: held by its supervisor for life, given back by the kernel however it dies."""
+    """The claim on a run: held by its supervisor for life, given back by the kernel however it dies.
+
+    On Slurm it is shared by the agents: several of them where nodes are no machines of their own.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._fd = -1
 
-    def take(self) -> bool:
-        """Try to take the lock; False when a living run holds it."""
+    def take(self, shared: bool = False) -> bool:
+        """Try to take the lock, alone or with others that share it; False when a living run holds it."""
         while True:
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(fd)
                 return False
@@ -133,8 +137,10 @@ class RunLock:
             os.close(fd)
 
     def release(self) -> None:
-        """Remove the file, then let go of it."""
-        self._path.unlink(missing_ok=True)
+        """Remove the file, unless others share it, then let go of it."""
+        with suppress(BlockingIOError):
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._path.unlink(missing_ok=True)
         os.close(self._fd)
 
 

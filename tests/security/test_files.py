@@ -125,3 +125,13 @@ def test_the_lock(place: Path, mask: int) -> None:
         os.umask(before)
     assert mode(place / "lock") == 0o600
     lock.release()
+
+
+def test_a_shared_lock_keeps_others_out_until_its_last_holder_has_left(place: Path) -> None:
+    first, second, alone = (RunLock(place / "lock") for _ in range(3))
+    assert first.take(shared=True) and second.take(shared=True) and not alone.take()
+    first.release()
+    assert (place / "lock").exists() and not alone.take()
+    second.release()
+    assert not (place / "lock").exists() and alone.take() and not second.take(shared=True)
+    alone.release()

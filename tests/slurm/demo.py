@@ -11,7 +11,7 @@ from pathlib import Path
 from gemini_hpc.analysis.timeline import Recovery, recoveries
 from gemini_hpc.telemetry import read_events
 from tests.cluster.runs import EVENT_S, START_S, until
-from tests.slurm.cluster import SlurmCluster, unavailable
+from tests.slurm.cluster import SlurmCluster, unavailable, without_namespaces
 
 ROOT = Path(__file__).parents[2]
 END_S = 600.0
@@ -35,7 +35,7 @@ def say(text: str) -> None:
 
 
 def main() -> int:
-    if reason := unavailable():
+    if reason := unavailable() or without_namespaces():
         print(reason, file=sys.stderr)
         return 1
     with brought_up() as cluster:

@@ -1,6 +1,7 @@
 """Runs that are jobs of a real Slurm, as the tests of this folder see them."""
 
 import json
+import os
 import re
 import subprocess
 import time
@@ -90,10 +91,12 @@ class SlurmRun(Run):
 
     def leftovers(self) -> list[str]:
         left = []
+        user = os.getuid()
         for node in self.cluster.nodes.values():
             if node.alive:
                 mpi = f"/run/spmix_* /run/ompi.* /tmp/ompi.{node.name}.*"  # of Slurm's PMIx and of Open MPI
-                words = ["sh", "-c", f"ls -d /dev/shm/* {mpi} 2>/dev/null; pgrep -af [g]emini_hpc"]
+                look = f"find /dev/shm -mindepth 1 -user {user}; ls -d {mpi} 2>/dev/null; pgrep -u {user} -af [g]emini_hpc"
+                words = ["sh", "-c", look]
                 found = subprocess.run(node.enter(words), capture_output=True, text=True)
                 left += [f"{node.name}: {line}" for line in found.stdout.splitlines()]
         return left

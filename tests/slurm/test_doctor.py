@@ -13,7 +13,7 @@ from tests.cluster.runs import GONE_S, START_S, command, until
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.jobs import SITE
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600), pytest.mark.usefixtures("machines")]
 
 PATIENT = ["recovery.heartbeat_timeout_s=60", "recovery.world_s=60", "model.preset=tiny"]
 """A machine that others use too is slow, and no problem."""

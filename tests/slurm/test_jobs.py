@@ -129,6 +129,7 @@ def test_two_nodes_are_lost_with_the_sites_own_open_mpi(
             matrix.enter_recovery(f"Slurm, Open MPI: {'a node' if lost == first else 'another'} is lost", item, struck)
 
 
+@pytest.mark.usefixtures("machines")  # with /ibex
 def test_the_script_works_as_it_is_from_the_root_of_the_repository(cluster: SlurmCluster) -> None:
     """All that it asks for, Ibex's nodes have, and those of the tests."""
     told = cluster.run("sbatch", "--parsable", "--output=/dev/null", "sbatch/gpt2_gemini.sh", cwd=ROOT)
@@ -154,6 +155,7 @@ def test_submit_may_wait_on_the_login_node_and_the_accounts_have_the_job(cluster
     until(lambda: cluster.run(*state).stdout.strip() == "COMPLETED", "the accounts to say so", GONE_S)
 
 
+@pytest.mark.usefixtures("machines")  # which have an address that is not the loopback's
 def test_jupyter_runs_on_a_compute_node_and_opens_to_its_token_alone(cluster: SlurmCluster, tmp_path: Path) -> None:
     output = tmp_path / "jupyter.out"
     (tmp_path / "jupyter_server_config.json").write_text('{"ServerApp": {"allow_root": true}}')  # as the tests are

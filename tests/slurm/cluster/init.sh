@@ -1,6 +1,6 @@
 #!/bin/bash
 # PID 1 of a node: NAME PLACE ADDRESS [ROOT]. The login node gets ROOT, the folder with Slurm's files.
-# It is root, or a plain user with all capabilities of a user namespace. Slurm's daemons, and so the jobs, get none of them.
+# It is root, or a plain user with all capabilities of a user namespace.
 set -eu
 name=$1 place=$2 address=$3
 mount --make-rprivate /
@@ -8,9 +8,7 @@ hostname "$name"
 mount -t tmpfs -o mode=1777,size=1g tmpfs /dev/shm
 mount -t tmpfs -o mode=755 tmpfs /run
 mount -t sysfs sysfs /sys # with the network devices of this node
-mkdir -p /run/munge
 ip=/usr/sbin/ip
-daemon="setpriv --inh-caps=-all --ambient-caps=-all"
 if [ "$name" = login ]; then
     # a root with all that the machine's own has, and /ibex, for which that one would have to be changed
     root=$place/root
@@ -51,25 +49,5 @@ if [ "$name" = storage ]; then
     exit
 fi
 if [ -e "$place/client.vol" ]; then bash "${0%/*}/mount.sh" "$place"; fi
-$daemon munged --key-file="$place/munge.key" --socket=/run/munge/munge.socket.2 --pid-file=/run/munge/munged.pid \
-    --log-file="$place/log/munged.$name.log" --seed-file=/run/munge/seed --force
-if [ "$name" = login ]; then
-    # the accounts: a MariaDB on a socket of its own, and slurmdbd before it
-    sql=$place/sql
-    mariadb-install-db --no-defaults --user="$(id -un)" --datadir="$sql" --auth-root-authentication-method=normal \
-        --skip-test-db >"$place/log/mariadb-install.log" 2>&1
-    echo "CREATE DATABASE slurm_acct_db;" >"$place/accounts.sql"
-    export MYSQL_UNIX_PORT=/run/mariadb.socket
-    $daemon mariadbd --no-defaults --user="$(id -un)" --datadir="$sql" --socket="$MYSQL_UNIX_PORT" --skip-networking \
-        --innodb-buffer-pool-size=64M --innodb-flush-log-at-trx-commit=0 --pid-file=/run/mariadb.pid \
-        --init-file="$place/accounts.sql" >"$place/log/mariadb.log" 2>&1 &
-    until [ -S "$MYSQL_UNIX_PORT" ]; do sleep 0.05; done
-    $daemon slurmdbd -D >"$place/log/slurmdbd.out" 2>&1 &
-    until sacctmgr -i add cluster test >"$place/log/sacctmgr.log" 2>&1; do sleep 0.05; done
-    $daemon slurmctld -D -i >"$place/log/slurmctld.out" 2>&1 &
-    touch "$place/log/login.up"
-else
-    $daemon slurmd -D -N "$name" >"$place/log/slurmd.$name.out" 2>&1 &
-fi
-set +e
-while true; do wait -n; [ $? = 127 ] && sleep 1; done # reaps orphans, and outlives its daemons
+# shellcheck source=/dev/null
+. "$(dirname "$0")/daemons.sh" "$name" "$place" /run

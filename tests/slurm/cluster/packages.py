@@ -1,9 +1,11 @@
 """Debian's Slurm and GlusterFS, unpacked beside the virtual environment: nothing of them is installed here."""
 
 import os
+import pwd
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 NAMES = (
@@ -32,15 +34,26 @@ drop supplementary groups when they are root, which root of such a namespace may
 
 def unavailable() -> str:
     """Say why there can be no Slurm here; "" = there can."""
-    for tool in ("apt-get", "dpkg", "unshare", "setpriv"):
+    for tool in ("apt-get", "dpkg", "setpriv"):
         if shutil.which(tool) is None:
             return f"no {tool} here, so no Slurm of our own"
+    if why := without_namespaces():
+        try:
+            pwd.getpwuid(os.getuid())
+        except KeyError:
+            return f"no Slurm of our own: {why}; and in the flat form Slurm wants a user who has a name"
+    return ""
+
+
+@cache
+def without_namespaces() -> str:
+    """Say why the nodes can be no namespaces here; "" = they can."""
+    if shutil.which("unshare") is None:
+        return "no unshare here"
     overlay = ["mount", "-t", "overlay", "-o", "lowerdir=/etc:/usr", "overlay", "/mnt"]
     probe = subprocess.run([*APART, *OWNER, *overlay], capture_output=True, text=True, timeout=DOWNLOAD_S)
-    if probe.returncode == 0:
-        return ""
     who = "root" if os.geteuid() == 0 else "a plain user"
-    return f"no Slurm of our own: {who} may have no namespaces, or no overlays, here: {probe.stderr.strip()}"
+    return f"{who} may have no namespaces, or no overlays, here: {probe.stderr.strip()}" if probe.returncode else ""
 
 
 def unpack() -> Path:

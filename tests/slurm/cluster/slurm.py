@@ -11,9 +11,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from tests.slurm.cluster.conf import ACCOUNTING, CONF, NODE
 from tests.slurm.cluster.packages import APART, OWNER, unpack
 
 UP_S = 30.0
@@ -24,64 +25,6 @@ PLACES = {"login": 1, "storage": 2}
 
 INIT = Path(__file__).with_name("init.sh")
 ENTER = Path(__file__).with_name("enter.py")
-
-SLURMD = "slurmd -D -N {name}"
-
-CONF = """\
-ClusterName=test
-SlurmctldHost=login({network}.1)
-SlurmUser={user}
-SlurmdUser={user}
-AuthType=auth/munge
-AuthInfo=cred_expire=5
-CredType=cred/munge
-StateSaveLocation={place}/state
-SlurmdSpoolDir={place}/spool.%n
-SlurmctldPidFile=/run/slurmctld.pid
-SlurmdPidFile=/run/slurmd.pid
-SlurmctldLogFile={place}/log/slurmctld.log
-SlurmdLogFile={place}/log/slurmd.%n.log
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/slurmdbd
-AccountingStorageHost=localhost
-SwitchType=switch/none
-MpiDefault=none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
-SchedulerParameters=sched_min_interval=0,batch_sched_delay=0,sched_interval=2,bf_interval=2
-SlurmdParameters=config_overrides
-ReturnToService=2
-SlurmdTimeout={slurmd_timeout_s}
-SlurmctldTimeout=10
-MessageTimeout=5
-TCPTimeout=2
-InactiveLimit=0
-KillWait=5
-MinJobAge=3600
-JobRequeue=1
-BatchStartTimeout=10
-UnkillableStepTimeout=15
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
-GresTypes=gpu
-{nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30
-PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10
-"""
-
-ACCOUNTING = """\
-AuthType=auth/munge
-DbdHost=localhost
-SlurmUser={user}
-StorageType=accounting_storage/mysql
-StorageHost=localhost
-StorageUser=root
-StorageLoc=slurm_acct_db
-LogFile={place}/log/slurmdbd.log
-PidFile=/run/slurmdbd.pid
-"""
 
 
 class Node:
@@ -117,46 +60,57 @@ class Node:
 class SlurmCluster:
     """slurmctld on the login node, and a slurmd on each of the compute nodes n1, n2, ..."""
 
+    run_folder = Path("/run")
+    host = f"login({NETWORK}.1)"
+
     def __init__(self, place: Path, nodes: int, slurmd_timeout_s: int = 5) -> None:
         self.place = place
         self.names = [f"n{i}" for i in range(1, nodes + 1)]
         for name in ("state", "log", "etc/slurm", *(f"spool.{name}" for name in self.names)):
             (place / name).mkdir(parents=True)
-        user = self._user()
         key = place / "munge.key"
         key.touch(0o600)
         key.write_bytes(os.urandom(128))
-        lines = [
-            f"NodeName={name} NodeAddr={self.address(name)} CPUs=8 RealMemory=70000 Feature=a100,4gpus Gres=gpu:1"
-            for name in self.names
-        ]
-        (place / "etc/slurm/slurm.conf").write_text(
-            CONF.format(
-                network=NETWORK,
-                user=user,
-                place=place,
-                slurmd_timeout_s=slurmd_timeout_s,
-                nodes="\n".join(lines),
-            )
+        common = {"user": self._user(), "place": place, "run": self.run_folder}
+        lines = [f"NodeName={name} {self.where(name)} {NODE}" for name in self.names]
+        slurm, accounts = self.more()
+        conf = CONF.format(
+            **common, slurmd_timeout_s=slurmd_timeout_s, host=self.host, more=slurm, nodes="\n".join(lines)
         )
+        (place / "etc/slurm/slurm.conf").write_text(conf)
         accounting = place / "etc/slurm/slurmdbd.conf"
         accounting.touch(0o600)
-        accounting.write_text(ACCOUNTING.format(user=user, place=place))
+        accounting.write_text(ACCOUNTING.format(**common, more=accounts))
         (place / "etc/slurm/cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         (place / "etc/slurm/gres.conf").write_text("Name=gpu File=/dev/null\n")  # one that is only counted
-        (place / "etc/slurm/mpi.conf").write_text("PMIxCliTmpDirBase=/run\n")  # /tmp, the default, is all nodes' here
+        (place / "etc/slurm/mpi.conf").write_text(f"PMIxCliTmpDirBase={self.run_folder}\n")  # not /tmp, which is all nodes'
         hosts = [f"{self.address(name)} {name}" for name in ("login", *self.names)]
         (place / "etc/hosts").write_text("\n".join(["127.0.0.1 localhost", *hosts, ""]))
         (place / "ibex").mkdir()
-        self.login = self._start("login", [*APART, *OWNER], str(unpack()))
+        self.login = self.boot_login()
         self.nodes: dict[str, Node] = {}
-        self._until(lambda: (place / "log/login.up").exists(), "the login node")
-        for name in self.names:
-            self.boot(name)
-        self._until(lambda: len(self.states("idle")) == nodes, "all nodes to be idle")
+        try:
+            self._until(lambda: (place / "log/login.up").exists(), "the login node")
+            for name in self.names:
+                self.boot(name)
+            self._until(lambda: len(self.states("idle")) == nodes, "all nodes to be idle")
+        except BaseException:
+            self.close()
+            raise
+
+    def where(self, name: str) -> str:
+        """Return the words that tell Slurm where a node is."""
+        return f"NodeAddr={self.address(name)}"
+
+    def more(self) -> tuple[str, str]:
+        """Return what else slurm.conf has, and slurmdbd.conf."""
+        return "", ""
 
     def address(self, name: str) -> str:
         return f"{NETWORK}.{PLACES.get(name) or 10 + int(name[1:])}"
+
+    def boot_login(self) -> Node:
+        return self._start("login", [*APART, *OWNER], str(unpack()))
 
     def boot(self, name: str) -> None:
         """Start a compute node, for the first time or again."""
@@ -179,8 +133,7 @@ class SlurmCluster:
 
     def start_slurmd(self, name: str) -> None:
         """Start Slurm's daemon on a node where it was killed alone."""
-        words = ["sh", "-c", f"exec {SLURMD.format(name=name)} </dev/null >>{self.place}/log/slurmd.{name}.out 2>&1 &"]
-        subprocess.run(self.nodes[name].enter(words), check=True)
+        os.kill(self.nodes[name].init, signal.SIGUSR1)
 
     def kill(self, name: str, pattern: str) -> None:
         """End the processes of a node whose command lines match, and nothing else there."""
@@ -227,34 +180,31 @@ class SlurmCluster:
         return entry.pw_name
 
     def _start(self, name: str, words: Sequence[str], *more: str) -> Node:
+        starter = self._popen(name, [*words, "bash", str(INIT), name, str(self.place), self.address(name), *more])
+        return Node(name, self._found(starter, INIT), starter)
+
+    def _popen(
+        self, name: str, words: Sequence[str], env: Mapping[str, str] | None = None, end: str = "KILL"
+    ) -> "subprocess.Popen[bytes]":
+        """Start the first process of a node, which gets the signal `end` when we are gone."""
         with (self.place / "log" / f"init.{name}.log").open("ab") as log:
-            starter = subprocess.Popen(
-                [
-                    "setpriv",
-                    "--pdeathsig=KILL",
-                    *words,
-                    "bash",
-                    str(INIT),
-                    name,
-                    str(self.place),
-                    self.address(name),
-                    *more,
-                ],
+            return subprocess.Popen(
+                ["setpriv", f"--pdeathsig={end}", *words],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                env=env,
             )
-        return Node(name, self._init_of(starter), starter)
 
-    def _init_of(self, starter: "subprocess.Popen[bytes]") -> int:
-        """Return the process that `unshare` started, which is PID 1 of the node."""
+    def _found(self, starter: "subprocess.Popen[bytes]", script: Path) -> int:
+        """Return the process below `starter` that runs `script`, which is the node's first."""
         end = time.monotonic() + UP_S
         while time.monotonic() < end:
             pid = starter.pid
             while children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
                 (pid,) = map(int, children[:1])
-                if Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:2] == [b"bash", str(INIT).encode()]:
+                if Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:2] == [b"bash", str(script).encode()]:
                     return pid
             time.sleep(0.01)
         raise AssertionError("the node did not start")
