@@ -35,7 +35,7 @@ port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(
 
 cat >&2 <<END
 On your own machine, and leave it open:
-    ssh -N -L $port:$node:$port $USER@${SLURM_SUBMIT_HOST:-the login node}
+    ssh -N -L $port:$node:$port $(id -un)@${SLURM_SUBMIT_HOST:-the login node}
 Then in its browser:
     http://localhost:$port/lab
 The token it asks for, on the login node:

@@ -95,7 +95,9 @@ class SlurmRun(Run):
         for node in self.cluster.nodes.values():
             if node.alive:
                 mpi = f"/run/spmix_* /run/ompi.* /tmp/ompi.{node.name}.*"  # of Slurm's PMIx and of Open MPI
-                look = f"find /dev/shm -mindepth 1 -user {user}; ls -d {mpi} 2>/dev/null; pgrep -u {user} -af [g]emini_hpc"
+                look = (
+                    f"find /dev/shm -mindepth 1 -user {user}; ls -d {mpi} 2>/dev/null; pgrep -u {user} -af [g]emini_hpc"
+                )
                 words = ["sh", "-c", look]
                 found = subprocess.run(node.enter(words), capture_output=True, text=True)
                 left += [f"{node.name}: {line}" for line in found.stdout.splitlines()]

@@ -105,6 +105,7 @@ def test_a_node_loses_power_while_slurm_believes_it_alive(
 
 @pytest.mark.faults
 @pytest.mark.long
+@pytest.mark.usefixtures("machines")  # each with its processes
 def test_two_nodes_are_lost_with_the_sites_own_open_mpi(
     cluster: SlurmCluster, tmp_path: Path, matrix: Matrix, references: References
 ) -> None:
@@ -211,6 +212,7 @@ def test_a_preempted_job_is_saved_and_goes_on_when_there_are_nodes_again(
 
 @pytest.mark.faults
 @pytest.mark.long
+@pytest.mark.usefixtures("machines")  # each with its processes
 def test_a_preempted_job_is_saved_though_slurm_does_not_answer(
     cluster: SlurmCluster, tmp_path: Path, references: References, matrix: Matrix
 ) -> None:

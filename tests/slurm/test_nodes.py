@@ -47,6 +47,7 @@ def test_a_node_crashes(cluster: SlurmCluster, tmp_path: Path, matrix: Matrix, r
         matrix.enter_recovery("Slurm: a node crashes", hot_swapped(run, lost), since)
 
 
+@pytest.mark.usefixtures("machines")  # where an agent is killed alone, whose memory nobody shares
 def test_the_node_of_the_coordinator_is_lost_and_it_is_not_the_first(
     cluster: SlurmCluster, tmp_path: Path, matrix: Matrix, references: References
 ) -> None:

@@ -38,7 +38,7 @@ LONG = 200
 
 
 @pytest.fixture
-def storage(cluster: SlurmCluster) -> Iterator[Storage]:
+def storage(cluster: SlurmCluster, machines: None) -> Iterator[Storage]:
     if not os.access("/dev/fuse", os.W_OK) or os.geteuid() != 0:
         pytest.skip("GlusterFS takes /dev/fuse, and root, for it keeps its own in trusted attributes of files")
     storage = Storage(cluster)

@@ -83,7 +83,9 @@ class SlurmCluster:
         accounting.write_text(ACCOUNTING.format(**common, more=accounts))
         (place / "etc/slurm/cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         (place / "etc/slurm/gres.conf").write_text("Name=gpu File=/dev/null\n")  # one that is only counted
-        (place / "etc/slurm/mpi.conf").write_text(f"PMIxCliTmpDirBase={self.run_folder}\n")  # not /tmp, which is all nodes'
+        (place / "etc/slurm/mpi.conf").write_text(
+            f"PMIxCliTmpDirBase={self.run_folder}\n"
+        )  # not /tmp, which is all nodes'
         hosts = [f"{self.address(name)} {name}" for name in ("login", *self.names)]
         (place / "etc/hosts").write_text("\n".join(["127.0.0.1 localhost", *hosts, ""]))
         (place / "ibex").mkdir()
