@@ -117,7 +117,7 @@ class RecoveryConfig(Section):
     archive_s: float = Field(60.0, gt=0)
     """time to write or read one shard on the persistent tier, seconds"""
     max_restarts: int = Field(3, ge=0)
-    """restarts in a row of a worker process before its node is given up"""
+    """restarts in a row of a worker process before its node loses its rank"""
     max_fruitless: int = Field(20, ge=1)
     """generations in a row that may end before a step is done, before the run is given up"""
 

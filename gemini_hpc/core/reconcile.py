@@ -50,9 +50,8 @@ def _form(turn: Turn) -> None:
         return  # somebody is on his way back, and is given up when he is due
     if plan is None:
         reason = f"no node is left for every rank (the last was lost because {cluster.last_loss})"
-        enough = (
-            len(turn.alive) >= cluster.rules.world_size
-        )  # their workers are to blame: other nodes would do no better
+        # where enough nodes live their workers are to blame, and others would do no better
+        enough = len(turn.alive) >= cluster.rules.world_size
         turn.save_and_stop(reason, "stopped" if enough else "suspended")
         return
     newest, _ = recovery.newest_complete(cluster.copies, cluster.rules.world_size)
