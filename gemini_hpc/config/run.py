@@ -72,8 +72,6 @@ class ClusterConfig(Section):
     """nodes that train, which is the number of ranks"""
     spares: int = Field(1, ge=0, le=4096)
     """nodes that stand by"""
-    return_s: float | None = Field(None, ge=0)
-    """on the embedded cluster: a lost node comes back, empty, after this many seconds; null: it does not"""
 
 
 class ProtectConfig(Section):

@@ -38,6 +38,8 @@ class SiteConfig(Section):
     """network interface of the replicas, such as ib0; null: the default route's"""
     mpi: Literal["mpich", "openmpi"] = "mpich"
     """MPI of the replicas: mpich: the one that comes with the package; openmpi: the site's own Open MPI 4, on Slurm"""
+    return_s: float | None = Field(None, ge=0)
+    """a node that was lost, and that is there, comes back as a spare after so many seconds; null: it does not"""
     timeout_min: int = Field(1440, ge=1)
     """time limit of the job, minutes"""
     signal_delay_s: int = Field(120, ge=1)

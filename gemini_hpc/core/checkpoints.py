@@ -84,13 +84,13 @@ def save(turn: Turn) -> None:
 def _end_saving(turn: Turn, how: str) -> None:
     """End the run, or go on: from what was saved, else from what those can read who have it, else from what is older.
 
-    Never quietly from the beginning.
+    From the beginning only when nothing is left that somebody could still save.
     """
     cluster = turn.cluster
     newest, _ = newest_complete(cluster.copies, cluster.rules.world_size)
     saved = turn.published_step() >= max(newest, 0)
     at_home = {} if saved else _at_home(cluster, newest)
-    goes_on = not cluster.stops_as and (saved or at_home or cluster.published)
+    goes_on = not cluster.stops_as and (saved or at_home or cluster.published or newest == FRESH)
     if not (goes_on or cluster.stops_as or cluster.surveyed) and turn.in_phase_for() < 2 * cluster.rules.finish_s:
         return  # perhaps there is an older checkpoint; and what could not be saved may be yet
     if not goes_on:

@@ -23,7 +23,7 @@ def plan(cluster: Cluster) -> Plan | None:
     if published > FRESH:
         sources = {rank: Source("persistent") for rank in ranks}
         return Plan(published, 0, ranks, sources, f"no step is complete in memory; {published} is the newest published")
-    return Plan(FRESH, 0, ranks, {rank: Source("fresh") for rank in ranks}, "no snapshot exists yet")
+    return Plan(FRESH, 0, ranks, {rank: Source("fresh") for rank in ranks}, "no step is complete, in memory or on disk")
 
 
 def assign(cluster: Cluster) -> dict[int, str] | None:

@@ -49,8 +49,8 @@ shift 2
 """Stands between Slurm and an agent, which decides what signals mean. The log is not srun's, which does not outlive us;
 an agent that is killed, alone, leaves files in memory: no other process of ours is on its node then."""
 
-STEPS_S, STEPS_POLL_S, DESERTED_LOOKS = 15.0, 0.5, 2
-"""How often Slurm is asked whether there are such steps, also at the end, and how often it must say no."""
+STEPS_S, STEPS_POLL_S = 15.0, 0.5
+"""How often Slurm is asked where there are such steps, also at the end."""
 
 
 class Nodes(ABC):
@@ -83,6 +83,10 @@ class Nodes(ABC):
     def _command(self, node: str, environment: dict[str, str]) -> list[str]:
         """Return the command that starts the agent of a node."""
 
+    def _may_return(self, node: str) -> bool:
+        """Whether a node that was lost some time ago is there."""
+        return True
+
     def turn(self) -> Finish | None:
         """Wait a moment, pass on what happened; return how the run ended, once it has."""
         self._poller.poll(POLL_MS)
@@ -97,8 +101,12 @@ class Nodes(ABC):
         if self._suspend is not None and time.monotonic() - self._said_suspend > SUSPEND_S:
             self._said_suspend = time.monotonic()
             self._tell_all(self._suspend)
-        if not self._alive and not self._return_at:
+        if not self._alive and not any(self._may_return(node) for node in self._return_at):
             return Finish("", "suspended", "no node is left; go on from the newest checkpoint")
+        now = time.monotonic()
+        for node in [node for node, due in self._return_at.items() if now >= due and self._may_return(node)]:
+            del self._return_at[node]
+            self._start(node, returned=True)
         return None
 
     def suspend(self, reason: str) -> None:
@@ -131,7 +139,9 @@ class Nodes(ABC):
         self._poller.register(child.pidfd, zmq.POLLIN)
 
     def _lose(self, node: str) -> None:
-        """Tell everybody that a node is gone."""
+        """Tell everybody that a node is gone. It may come back."""
+        if self._run.site.return_s is not None:
+            self._return_at[node] = time.monotonic() + self._run.site.return_s
         self._up.pop(node, None)
         self._alive.discard(node)
         self._voters.discard(node)
@@ -195,19 +205,11 @@ class VirtualNodes(Nodes):
             why = f"nobody has led for {bound_s:.0f} s, for most of those who vote are silent"
             end = Finish("", "suspended", f"{why}; go on from the newest checkpoint")
         self._watch_world()
-        for node in [node for node, due in self._return_at.items() if time.monotonic() >= due]:
-            del self._return_at[node]
-            self._start(node, returned=True)
         return end
 
     def close(self) -> None:
         super().close()
         self._end_world()
-
-    def _lose(self, node: str) -> None:
-        super()._lose(node)  # the kernel killed its other processes with its agent
-        if self._run.cluster.return_s is not None:
-            self._return_at[node] = time.monotonic() + self._run.cluster.return_s
 
     def _handle(self, sender: str, message: Message) -> None:
         if isinstance(message, StartWorld) and sender == self._leader and set(message.members) <= set(self._names):
@@ -257,27 +259,36 @@ class SlurmNodes(Nodes):
         if run.site.mpi == "openmpi":
             check_openmpi(Path(sys.executable))
         self._job = this_job(run.site.call_timeout_s)
-        self._looks_without_agents = 0
+        self._up_since: dict[str, float] = {}
+        self._without: dict[str, float] = {}  # nodes without an agent, since when
+        self._free: frozenset[str] = frozenset()  # those of them that the job has, and Slurm would use
         note_job(paths, self._job.id)
         super().__init__(paths, run, own_address(run))
         threading.Thread(target=self._watch_steps, daemon=True).start()
 
     def turn(self) -> Finish | None:
         end = super().turn()
-        if end is None and self._looks_without_agents >= DESERTED_LOOKS:
-            return Finish("", "suspended", "no agent is left; go on from the newest checkpoint")
+        for node, since in self._without.items():
+            if since > self._up_since.get(node, float("inf")):
+                del self._up_since[node]
+                self._lose(node)
         return end
+
+    def _may_return(self, node: str) -> bool:
+        return node in self._free
 
     def close(self) -> None:
         for node in self._alive:
             self._server.send(node, Retire(node, 0))
         deadline = time.monotonic() + PATIENCE_S
-        while self._agents_left() and time.monotonic() < deadline:
+        while self._with_agents() != set() and time.monotonic() < deadline:
             time.sleep(STEPS_POLL_S)
         super().close()
 
     def _handle(self, sender: str, message: Message) -> None:
         super()._handle(sender, message)
+        if sender in self._up and sender not in self._up_since:
+            self._up_since[sender] = time.monotonic()
         if sender in self._up and (srun := self._agents.pop(sender, None)) is not None:
             self._poller.unregister(srun.pidfd)
             for shepherd in children_of(srun.pid):  # first: it is there to end the step when srun dies
@@ -293,14 +304,31 @@ class SlurmNodes(Nodes):
         return [*DYING_WITH_US, "/usr/bin/env", *step, "env", *told, *agent]
 
     def _watch_steps(self) -> None:
-        """See whether any agent is left; those who are see by themselves who is not."""
+        """See which nodes have no agent any more. Those that have one see it by themselves, and sooner as a rule."""
+        missed: dict[str, float] = {}  # since when
         while not self._closed:
             time.sleep(STEPS_S)
-            up, left = bool(self._up), self._agents_left()
-            self._looks_without_agents = self._looks_without_agents + 1 if up and not left else 0
+            asked = time.monotonic()
+            found = self._with_agents()
+            if found is None:
+                continue
+            missed = {node: missed.get(node, asked) for node in self._names if node not in found}
+            without = {node: since for node, since in missed.items() if since < asked}  # said twice
+            if self._run.site.return_s is not None and without:
+                self._free = self._usable() & without.keys()
+            self._without = without
 
-    def _agents_left(self) -> bool:
+    def _with_agents(self) -> set[str] | None:
+        """Return the nodes whose agents run; None = Slurm does not say."""
         try:
-            return AGENT_STEP in self._job.steps()
+            return {node for name, node in self._job.steps() if name == AGENT_STEP}
+        except SlurmError:  # it is busy, or away
+            return None
+
+    def _usable(self) -> frozenset[str]:
+        """Return the nodes that the job has, and that are neither down nor drained: those that go down it loses."""
+        try:
+            states = self._job.node_states(self._job.nodes(self._job.nodelist()))
         except SlurmError:
-            return True  # it is busy, or away
+            return frozenset()
+        return frozenset(node for node, state in states.items() if state == "up")

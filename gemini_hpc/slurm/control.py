@@ -66,9 +66,14 @@ class SlurmJob:
         state, _, reason = answer.strip().partition(" ")
         return state, reason if state == "PENDING" else ""
 
-    def steps(self) -> list[str]:
-        """Return the names of the steps that run."""
-        return self._call("squeue", "--steps", "--noheader", "--format=%j", f"--jobs={self.id}").split()
+    def nodelist(self) -> str:
+        """Return the nodes that the job has now, as a list for `nodes`: it loses those that go down."""
+        return self._call("squeue", "--noheader", "--format=%N", f"--jobs={self.id}").strip()
+
+    def steps(self) -> list[tuple[str, str]]:
+        """Return the name and the nodes, such as n[1-4], of each step that runs."""
+        answer = self._call("squeue", "--steps", "--noheader", "--format=%j %N", f"--jobs={self.id}")
+        return [(name, nodes) for name, _, nodes in (line.strip().partition(" ") for line in answer.splitlines())]
 
     def requeue(self) -> None:
         """Have the job start again, when there are nodes for it; this ends it now, the caller's step included."""

@@ -67,7 +67,7 @@ class Run:
     def start(self) -> None:
         self.emit("run", state="started", reason="")
         self.emit("world", after=0.6, number=1, state="ready", reason="")
-        self._plan(-1, dict.fromkeys(self.nodes, "fresh"), "no snapshot exists yet", after=4.0)
+        self._plan(-1, dict.fromkeys(self.nodes, "fresh"), "no step is complete, in memory or on disk", after=4.0)
         for rank, node in self.nodes.items():
             self.emit("promote", target=node, rank=rank, generation=self.generation)
         self._resume(-1, "fresh", set())

@@ -90,7 +90,7 @@ def test_one_coordinator_after_the_other(tmp_path: Path, references: References)
 
 def test_a_lost_node_comes_back_and_is_a_spare(tmp_path: Path, references: References) -> None:
     """The one spare makes up for the first loss, a node that came back for the second, the coordinator's."""
-    with start_strict(tmp_path, "cluster.return_s=0.2", spares=1) as run:
+    with start_strict(tmp_path, "site.return_s=0.2", spares=1) as run:
         run.wait_for_training(3)
         first = next(node for node in ("node2", "node1") if node != coordinator(run))
         run.kill(AGENT, first)
@@ -105,7 +105,7 @@ def test_a_lost_node_comes_back_and_is_a_spare(tmp_path: Path, references: Refer
 
 
 def test_a_run_that_ends_while_a_node_comes_back_ends_as_it_was_decided(tmp_path: Path) -> None:
-    with start_strict(tmp_path, "cluster.return_s=0", spares=0) as run:
+    with start_strict(tmp_path, "site.return_s=0", spares=0) as run:
         run.wait_for_training(3)
         run.kill(AGENT, "node1")
         run.wait_for_end(1)

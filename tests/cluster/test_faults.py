@@ -720,7 +720,7 @@ def test_fifty_kills_in_a_row(tmp_path: Path, matrix: Matrix, references: Refere
 def test_every_node_is_lost_in_turn_and_comes_back(tmp_path: Path, matrix: Matrix, references: References) -> None:
     """Twice: when none is left of those who voted, those elect who are back. The persistent tier is never needed."""
     rounds, nodes = 2, [f"node{i}" for i in range(4)]
-    with start(tmp_path, "cluster.return_s=0.2", "protect.persist_every=1000", steps=LONG_STEPS) as run:
+    with start(tmp_path, "site.return_s=0.2", "protect.persist_every=1000", steps=LONG_STEPS) as run:
         run.wait_for_training(step=4)
         for node in rounds * nodes:
             struck = time.time()

@@ -252,6 +252,24 @@ FOUND = {
         disorder=0.03,
         delay_s=0.02,
     ),
+    "the only copy was damaged before others could read it, and the run stopped with nothing left to save": Schedule(
+        "hosts",
+        (4, 1, 1),
+        (
+            Fault(0.5139, "no_host", "n3", 24.6011),
+            Fault(2.3414, "no_worlds", "n1", 5.3923),
+            Fault(4.2853, "drain", "n0", 4.2922),
+            Fault(4.403, "bad_node", "n4", 4.4123),
+            Fault(6.0909, "corrupt", "n0", 1.0981),
+            Fault(6.2492, "no_worlds", "the coordinator", 11.9122),
+        ),
+        seed=20049816,
+        steps=5,
+        persist_every=4,
+        step_s=0.1,
+        persist_s=0.2,
+        pull_s=0.15,
+    ),
 }
 """What seeds have found, by what went wrong; most have a test of their own as well, for delays change with the code."""
 

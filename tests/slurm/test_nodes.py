@@ -69,21 +69,35 @@ def test_the_node_of_the_coordinator_is_lost_and_it_is_not_the_first(
         matrix.enter_recovery("Slurm: the coordinator's node, not the first, loses power", item, since)
 
 
-def test_a_link_is_cut_and_comes_back(
+def test_a_link_is_cut_and_the_node_comes_back_as_a_spare(
     cluster: SlurmCluster, tmp_path: Path, matrix: Matrix, references: References
 ) -> None:
-    """Before Slurm has noticed anything: what was left behind on the node ends, and disturbs nobody."""
-    with SlurmRun(cluster, tmp_path, *shape(3, 1, STEPS)) as run:
+    """Before Slurm has noticed it. What was left behind there ends, and the node is needed when another one is lost."""
+    (tmp_path / "trouble.py").write_text(SLOW)
+    with SlurmRun(cluster, tmp_path, *shape(3, 1, 2 * STEPS), "site.return_s=1") as run:
         run.wait_for_training(step=10)
-        lost, since = run.nodes[1], time.time()
+        (_, lost, second, _), since = run.nodes, time.time()
         cluster.cut(lost)
         try:
-            run.wait_for("first_step", generation=run.generation(2))
+            first_step = run.wait_for("first_step", generation=run.generation(2))
         finally:
             cluster.mend(lost)
-        run.wait_for_end()
-        assert_identical(run, references(3, STEPS))
-        matrix.enter_recovery("Slurm: a node's link is cut, and comes back", hot_swapped(run, lost), since)
+        back = run.wait_for("returned", DOWN_S, target=lost)
+        ready = run.wait_for("memory", since=back["t"], node=lost)
+        run.wait_for("safe", since=ready["t"])
+        again = time.time()
+        with dead(cluster, second):
+            run.wait_for("promote", target=lost)
+            run.wait_for_end()
+        assert_identical(run, references(3, 2 * STEPS))
+        items = recoveries(run.events())
+        assert [(item.targets, item.rung, item.tier) for item in items] == [
+            ((lost,), "hot_swap", "peer"),
+            ((second,), "hot_swap", "peer"),
+        ]
+        assert first_step["t"] < back["t"]
+        matrix.enter_recovery("Slurm: a node's link is cut, and comes back", items[0], since)
+        matrix.enter_recovery("Slurm: another is lost, whose rank that node takes", items[1], again)
 
 
 def test_slurmd_alone_is_killed(cluster: SlurmCluster, tmp_path: Path, matrix: Matrix, references: References) -> None:
