@@ -6,7 +6,7 @@ Whatever an agent hears goes through here, so that a simulated agent decides by 
 from collections import deque
 
 from gemini_hpc.core import coordinator, election
-from gemini_hpc.core.messages import Command, Event, Lead, NodeExited, NodeUp, Note, RequestVote, Tick
+from gemini_hpc.core.messages import Command, Event, Lead, NodeExited, NodeUp, Note, RequestVote, Suspend, Tick
 from gemini_hpc.core.state import Cluster, Rules, new_cluster
 from gemini_hpc.core.types import changed
 
@@ -116,7 +116,18 @@ class Seat:
     def _act(self, now: float) -> list[Command]:
         """Decide on what was heard, as long as a majority stands behind it."""
         orders: list[Command] = []
+        if len(self._unheard) > 1 and self.election.may_act(now):
+            self._unheard = _ends_last(self._unheard)
         while self.cluster is not None and self._unheard and self.election.may_act(now):
             self.cluster, decided = coordinator.step(self.cluster, now, self._unheard.popleft())
             orders += decided
         return orders
+
+
+def _ends_last(heard: deque[Event]) -> deque[Event]:
+    """Return what came while nothing could be decided as if no end had overtaken the words of others.
+
+    Who was lost may have been read from before. What concerns one node stays in its order.
+    """
+    ended = {event.node for event in heard if isinstance(event, (NodeExited, NodeUp, Suspend))}
+    return deque(sorted(heard, key=lambda event: event.node in ended))

@@ -131,6 +131,25 @@ def test_what_comes_while_there_is_no_majority_is_decided_when_there_is_one_agai
     assert any(isinstance(order, m.RestartWorker) and order.node == "n1" for order in table.orders)
 
 
+@pytest.mark.parametrize(("end", "order"), [(m.NodeExited("n2", "gone"), "Retire"), (m.Suspend("", "told"), "Finish")])
+def test_of_what_came_while_there_was_no_majority_the_end_of_something_counts_last(end: m.Event, order: str) -> None:
+    """It was heard first, but the other lines were cut as well: it may have overtaken what they brought."""
+    table = Table(3)
+    seat = table.lead()
+    table.report("n0", "n0", "n1", "n2")
+    table.away |= {"n1", "n2"}
+    table.now += 2 * LEASE_S
+    table.orders = []
+    table.hear("n0", end)
+    table.hear("n0", m.WorkerLost("n1", "killed", False))
+    assert table.orders == []
+    table.away.clear()
+    table.carry_out("n0", seat.tick(table.now))  # asks
+    table.carry_out("n0", seat.tick(table.now))
+    decided = kinds(table.orders)
+    assert decided.index("RestartWorker") < decided.index(order)
+
+
 def test_a_deposed_leader_forgets_what_it_knew() -> None:
     table = Table(3)
     seat = table.lead()

@@ -270,6 +270,24 @@ FOUND = {
         persist_s=0.2,
         pull_s=0.15,
     ),
+    "a node's end overtook the word of a copy read from it, while the coordinator was deaf": Schedule(
+        "partitions",
+        (3, 1, 2),
+        (
+            Fault(1.1996, "cut_off", "n1", 5.5887, "out"),
+            Fault(2.1581, "one_way", "n0", 4.8985, "in"),
+            Fault(3.8264, "cut_off", "n2", 1.259, "out"),
+            Fault(3.9916, "kill_node", "n2", 1.4488),
+            Fault(9.1221, "split", "n1", 17.484, "n1"),
+            Fault(10.5747, "link", "the coordinator", 1.4814, "n1"),
+        ),
+        seed=20160733,
+        steps=10,
+        persist_every=2,
+        step_s=0.2,
+        persist_s=0.02,
+        pull_s=0.02,
+    ),
 }
 """What seeds have found, by what went wrong; most have a test of their own as well, for delays change with the code."""
 
