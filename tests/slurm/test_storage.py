@@ -14,7 +14,7 @@ from gemini_hpc.analysis.timeline import recoveries
 from gemini_hpc.arena import INDEX_BYTES
 from gemini_hpc.persist import survey
 from gemini_hpc.persist.hdf5 import read_shard
-from tests.cluster.matrix import STEPS, Matrix, References, assert_identical
+from tests.cluster.matrix import STEPS, STOPPED, Matrix, References, assert_identical
 from tests.cluster.runs import END_S, EVENT_S, START_S, until
 from tests.slurm.cluster import SlurmCluster, Storage
 from tests.slurm.cluster.storage import LINK_MBIT
@@ -33,6 +33,9 @@ RECOVERED_S = 12.0
 
 STEP_S = 2.5
 """No step takes so long, on a machine that others use too."""
+
+ASKED_S = 20.0
+"""Within this time the supervisor asks Slurm something, and waits for whom it has started for that."""
 
 LONG = 200
 
@@ -155,3 +158,29 @@ def test_the_file_system_hangs_while_a_checkpoint_is_written_and_a_node_is_lost_
         assert later and f"checkpoints/{half.parent.name}" not in later
         assert_whole(run)
         matrix.enter_recovery(f"GlusterFS hangs, and {victim} loses power meanwhile", item, struck)
+
+
+@pytest.mark.faults
+@pytest.mark.long
+def test_the_time_limit_comes_while_the_file_system_hangs(
+    cluster: SlurmCluster, storage: Storage, tmp_path: Path, matrix: Matrix
+) -> None:
+    """The supervisor, whose log lies there, hears of it at once, and the run is saved as soon as that can be done."""
+    with SlurmRun(cluster, tmp_path, *shape(3, 0, 10 * LONG), in_storage(storage)) as run:
+        run.wait_for("persisted", START_S)
+        with storage.away():
+            time.sleep(ASKED_S)
+            told = time.time()
+            assert cluster.run("scancel", "--signal=USR2", "--batch", run.job).returncode == 0
+            time.sleep(MARGIN_S)
+            back = time.time()
+        suspended = run.wait_for("run", node="cluster", state="suspended")
+        assert "SIGUSR2" in suspended["reason"] and "queued again" in suspended["reason"]
+        begun = run.wait_for("save", since=told)
+        assert begun["t"] < back
+        assert run.events("persisted")[-1]["t"] > back
+        cluster.run("scancel", run.job)  # which is back in the queue
+        run.wait_for_end()
+        matrix.enter(
+            "GlusterFS hangs as the time limit comes", "saved, queued again", 1000 * (begun["t"] - told), None, STOPPED
+        )
