@@ -38,7 +38,7 @@ from gemini_hpc.engine.elastic import ElasticWorld, is_peer_failure  # noqa: E40
 from gemini_hpc.engine.training import not_finite, train_step  # noqa: E402
 from gemini_hpc.errors import GeminiError, UserError  # noqa: E402
 from gemini_hpc.runtime.channel import Channel  # noqa: E402
-from gemini_hpc.runtime.children import PARENT  # noqa: E402
+from gemini_hpc.runtime.children import PARENT, carry_output  # noqa: E402
 from gemini_hpc.runtime.drills import Drills  # noqa: E402
 from gemini_hpc.runtime.paths import RunPaths, open_run  # noqa: E402
 from gemini_hpc.runtime.processes import live_for  # noqa: E402
@@ -315,6 +315,7 @@ def _in_a_line(error: BaseException) -> str:
 def main() -> None:
     run_dir, node = sys.argv[1:]
     live_for(int(os.environ[PARENT]))
+    carry_output()  # a training that prints goes on while its log cannot be written
     os.nice(NICENESS)
     paths, run = open_run(run_dir)
     channel = Channel.connect(paths.socket(node))

@@ -39,6 +39,19 @@ ASKED_S = 20.0
 
 LONG = 200
 
+TALKS = """
+from dataclasses import replace
+
+
+def add_to(training):
+    def batch(step, rank, micro_step):
+        print(f"step {step}")
+        return training.batch(step, rank, micro_step)
+
+    return replace(training, batch=batch)
+"""
+"""Prints in every step, as trainings do."""
+
 
 @pytest.fixture
 def storage(cluster: SlurmCluster, machines: None) -> Iterator[Storage]:
@@ -122,6 +135,7 @@ def test_the_file_system_hangs_while_a_checkpoint_is_written_and_a_node_is_lost_
     place: int,
 ) -> None:
     """Training goes on, and is recovered, without it; when it is back checkpoints are written again."""
+    (tmp_path / "trouble.py").write_text(TALKS)
     settings = ["protect.persist_every=20", f"recovery.archive_s={ARCHIVE_S}"]
     with SlurmRun(cluster, tmp_path, *shape(3, 1, LONG), in_storage(storage), *settings) as run:
         run.wait_for("persisted", START_S)
