@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from gemini_hpc.config.run import RunConfig
 from gemini_hpc.config.site import SiteConfig
+from gemini_hpc.core.placement import areas
 from gemini_hpc.errors import UserError
 
 Shapes = Sequence[tuple[str, tuple[int, ...]]]
@@ -65,9 +66,9 @@ class Room:
 
 def plan(config: RunConfig, shapes: Shapes) -> Needs:
     """Compute what the run needs. On a local site all nodes and spares share one machine."""
-    ranks, replicas = config.cluster.nodes, config.protect.replicas
+    ranks = config.cluster.nodes
     snapshot = snapshot_bytes(shapes, ranks)
-    arena = arena_bytes(snapshot, replicas)
+    arena = arena_bytes(snapshot, areas_of(config))
     parameters = sum(prod(shape) for _, shape in shapes)
     worker = WORKER_BASE_BYTES + TRAIN_BYTES * partition_numel(shapes, ranks) + BUILD_BYTES * parameters
     neighbors = ranks + config.cluster.spares if config.site.kind == "local" else 1
@@ -90,10 +91,15 @@ def snapshot_bytes(shapes: Shapes, world_size: int) -> int:
     return INDEX_BYTES + STATE_BYTES * partition_numel(shapes, world_size) + gaps
 
 
-def arena_bytes(snapshot: int, replicas: int) -> int:
-    """Return the size of a node's arena: two halves for its own and every held snapshot."""
+def areas_of(config: RunConfig) -> int:
+    """Return how many snapshots a node has room for, its own included."""
+    return areas(config.cluster.nodes, config.protect.replicas, config.protect.placement)
+
+
+def arena_bytes(snapshot: int, held: int) -> int:
+    """Return the size of a node's arena: two halves for each of the `held` snapshots, its own included."""
     half = -(-snapshot // PAGE_BYTES) * PAGE_BYTES
-    return 2 * PAGE_BYTES + 2 * replicas * half
+    return 2 * PAGE_BYTES + 2 * held * half
 
 
 def check(config: RunConfig, presets: Mapping[str, Shapes], room: Room) -> Needs:

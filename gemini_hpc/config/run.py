@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from gemini_hpc.config.site import SiteConfig
 from gemini_hpc.config.validation import Section
+from gemini_hpc.core.placement import Form
 
 EXAMPLE = "gemini_hpc.models.job:build"
 """The entry of the example program, whose model is known without building it."""
@@ -79,6 +80,8 @@ class ProtectConfig(Section):
 
     replicas: int = Field(2, ge=1)
     """copies of every snapshot in the memory of different nodes, the owner's own included"""
+    placement: Form = "mixed"
+    """who holds them where replicas do not divide the nodes: mixed (the paper's), ring, overlap or full_tail"""
     strict: bool = False
     """wait in every step until its snapshot is safe on all holders: a failure costs the step in flight alone"""
     persist_every: int = Field(40, ge=1)

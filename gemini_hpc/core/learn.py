@@ -34,6 +34,7 @@ from gemini_hpc.core.messages import (
     WorkerReady,
     WorldFailed,
 )
+from gemini_hpc.core.placement import areas
 from gemini_hpc.core.state import Checkpoint, Cluster, Copy, Member, Phase, Worker, World, next_persist
 from gemini_hpc.core.turn import Turn
 from gemini_hpc.core.types import FRESH, changed
@@ -160,7 +161,7 @@ def _is_possible(cluster: Cluster, event: Inventory) -> bool:
         and set(event.members) <= cluster.members.keys()
         and all(
             len(held) == 7
-            and held[0] in range(rules.replicas)
+            and held[0] in range(areas(rules.world_size, rules.replicas, rules.placement))
             and held[1] in (0, 1)
             and held[2] in range(rules.world_size)
             for held in event.held

@@ -20,8 +20,8 @@ def missing(cluster: Cluster) -> Iterator[Missing]:
         if step > newest.get(rank, cluster.safe_step) and cluster.ranks[rank] in places:
             newest[rank] = step
     rules = cluster.rules
-    keepers = holders(rules.world_size, rules.replicas)
-    areas = held_by(rules.world_size, rules.replicas)
+    keepers = holders(rules.world_size, rules.replicas, rules.placement)
+    areas = held_by(rules.world_size, rules.replicas, rules.placement)
     for rank, step in sorted(newest.items()):
         owner = cluster.ranks[rank]
         places = cluster.copies[rank, step]
@@ -43,7 +43,7 @@ def turn_is_free(pulls: Mapping[str, Pull], holder: str, source: str) -> bool:
 def newest_safe(cluster: Cluster) -> int:
     """Newest step whose snapshot is verified on all its holders, for every rank; what it was when none is newer."""
     rules = cluster.rules
-    keepers = holders(rules.world_size, rules.replicas)
+    keepers = holders(rules.world_size, rules.replicas, rules.placement)
     steps = {step for _, step in cluster.copies if step > cluster.safe_step}
     for step in sorted(steps, reverse=True):
         if all(

@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from gemini_hpc.core.messages import Pull
+from gemini_hpc.core.placement import Form
 from gemini_hpc.core.types import FRESH, changed
 
 
@@ -16,6 +17,7 @@ class Rules:
     nodes: tuple[str, ...]  # in order of preference: the first world_size become active
     world_size: int
     replicas: int
+    placement: Form
     total_steps: int
     persist_every: int
     heartbeat_timeout_s: float

@@ -21,7 +21,7 @@ def describe(cluster: Cluster, now: float) -> dict[str, Any]:
         "total_steps": rules.total_steps,
         "world_size": rules.world_size,
         "replicas": rules.replicas,
-        "placement_groups": [list(group) for group in groups(rules.world_size, rules.replicas)],
+        "placement_groups": [list(group) for group in groups(rules.world_size, rules.replicas, rules.placement)],
         # right after a recovery, what was restored is complete in memory though not on all holders: not "protected"
         "safe_step": cluster.safe_step if cluster.safe_step != FRESH or not cluster.plan else cluster.plan.step,
         "persistent_step": cluster.published.step if cluster.published else -1,

@@ -14,6 +14,7 @@ import zmq
 
 from gemini_hpc.arena import COPY_TUNING, OWN, Arena, State
 from gemini_hpc.config import RunConfig
+from gemini_hpc.config.capacity import areas_of
 from gemini_hpc.core.account import Account
 from gemini_hpc.core.codec import Message
 from gemini_hpc.core.messages import (
@@ -83,7 +84,7 @@ class Agent:
         self._server = self._wire.listen(self._cluster.address)
         self._poller = zmq.Poller()
         self._household = Household(paths, node, self._poller, self._wire.tally)
-        self._arena_maker = ArenaMaker(paths.arena(node), run.protect.replicas, paths.run_id)
+        self._arena_maker = ArenaMaker(paths.arena(node), areas_of(run), paths.run_id)
         self._account = Account(node)
         self._ready: WorkerReady | None = None  # a worker that waits for its arena
         self._sealer = Sealer()

@@ -159,6 +159,7 @@ def rules_of(run: RunConfig, nodes: tuple[str, ...]) -> Rules:
         nodes=nodes,
         world_size=run.cluster.nodes,
         replicas=run.protect.replicas,
+        placement=run.protect.placement,
         total_steps=run.train.steps,
         persist_every=run.protect.persist_every,
         heartbeat_timeout_s=recovery.heartbeat_timeout_s,

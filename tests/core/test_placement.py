@@ -1,24 +1,10 @@
-"""Placement against Algorithm 1 of the paper, and the probabilities that follow from it."""
-
-from itertools import combinations
-from math import comb
+"""Placement against Algorithm 1 of the paper, and the forms of our own."""
 
 import pytest
 
-from gemini_hpc.core.placement import groups, held_by, holders
+from gemini_hpc.core.placement import areas, groups, held_by, holders
 
 EVERY_SIZE = [(n, m) for n in range(1, 41) for m in range(1, min(n, 5) + 1)]
-
-
-def recovery_probability(keepers: tuple[tuple[int, ...], ...], lost_nodes: int) -> float:
-    """Share of the sets of `lost_nodes` nodes after which every rank still has a holder."""
-    size = len(keepers)
-    masks = [sum(1 << keeper for keeper in row) for row in keepers]
-    bad = sum(
-        any(mask & ~lost == 0 for mask in masks)
-        for lost in (sum(1 << node for node in chosen) for chosen in combinations(range(size), lost_nodes))
-    )
-    return 1 - bad / comb(size, lost_nodes)
 
 
 def test_the_example_of_the_paper() -> None:
@@ -61,35 +47,28 @@ def test_groups_and_one_ring_as_algorithm_1_says(world_size: int, replicas: int)
     assert len(found) == grouped // replicas + bool(ring)
 
 
-@pytest.mark.parametrize(
-    ("world_size", "two_lost", "three_lost"),
-    [(8, 85.71, 57.14), (16, 93.33, 80.00), (32, 96.77, 90.32), (64, 98.41, 95.24)],
-)
-def test_recovery_probabilities_of_the_paper(world_size: int, two_lost: float, three_lost: float) -> None:
-    keepers = holders(world_size, 2)
-    assert 100 * recovery_probability(keepers, 2) == pytest.approx(two_lost, abs=0.005)
-    assert 100 * recovery_probability(keepers, 3) == pytest.approx(three_lost, abs=0.005)
-
-
-@pytest.mark.parametrize(
-    ("world_size", "replicas", "as_many_as_replicas", "one_more"),
-    [(5, 2, 60.0, 0.0), (7, 2, 76.2, 34.3), (9, 2, 83.3, 52.4), (8, 3, 89.3, 64.3), (10, 3, 95.0, 81.4)],
-)
-def test_recovery_probabilities_of_mixed_placement(
-    world_size: int, replicas: int, as_many_as_replicas: float, one_more: float
-) -> None:
-    keepers = holders(world_size, replicas)
-    assert 100 * recovery_probability(keepers, replicas) == pytest.approx(as_many_as_replicas, abs=0.05)
-    assert 100 * recovery_probability(keepers, replicas + 1) == pytest.approx(one_more, abs=0.05)
-    if replicas > 1:
-        assert recovery_probability(keepers, replicas - 1) == 1.0
-
-
-def test_exact_probability_of_group_placement() -> None:
-    """[x^k] ((1+x)^m - x^m)^(N/m) / C(N,k): the four nodes lost column of the table, N = 8 and 16."""
-    assert 100 * recovery_probability(holders(8, 2), 4) == pytest.approx(22.86, abs=0.005)
-    assert 100 * recovery_probability(holders(16, 2), 4) == pytest.approx(61.54, abs=0.005)
-    assert recovery_probability(holders(8, 2), 5) == 0.0
+@pytest.mark.parametrize(("world_size", "replicas"), EVERY_SIZE)
+def test_the_other_forms_differ_in_the_tail_alone(world_size: int, replicas: int) -> None:
+    mixed, left_over = holders(world_size, replicas), world_size % replicas
+    whole = world_size // replicas * replicas
+    for form in ("overlap", "full_tail"):
+        keepers = holders(world_size, replicas, form)
+        common = world_size if not left_over else whole - replicas
+        assert keepers[:common] == mixed[:common]
+        assert all(row[0] == rank and len(set(row)) == len(row) for rank, row in enumerate(keepers))
+    if left_over:
+        tail = set(range(whole - replicas, world_size))
+        assert all(set(row) == tail for row in holders(world_size, replicas, "full_tail")[min(tail) :])
+        overlap = holders(world_size, replicas, "overlap")
+        assert all(set(row) == set(range(whole - replicas, whole)) for row in overlap[whole - replicas : whole])
+        assert all(set(row) == set(range(world_size - replicas, world_size)) for row in overlap[whole:])
+        assert len({frozenset(row) for row in overlap}) == -(-world_size // replicas)
+        assert (
+            areas(world_size, replicas, "overlap") == areas(world_size, replicas, "full_tail") == replicas + left_over
+        )
+    ring = holders(world_size, replicas, "ring")
+    assert all(row == tuple((rank + k) % world_size for k in range(replicas)) for rank, row in enumerate(ring))
+    assert areas(world_size, replicas, "ring") == areas(world_size, replicas) == replicas
 
 
 @pytest.mark.parametrize(("world_size", "replicas"), [(4, 0), (4, 5), (4, -1), (0, 1), (1, 2)])

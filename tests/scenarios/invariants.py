@@ -114,7 +114,8 @@ class Invariants:
         """I3: it is verified on all holders, says the coordinator. Hold it to that, and remember what that step is."""
         if cluster.phase is not Phase.RUNNING or cluster.safe_step != at_step:
             return  # given up in the same breath
-        for rank, keepers in enumerate(holders(cluster.rules.world_size, cluster.rules.replicas)):
+        rules = cluster.rules
+        for rank, keepers in enumerate(holders(rules.world_size, rules.replicas, rules.placement)):
             for keeper in keepers:
                 node = self._sim.nodes[cluster.ranks[keeper]]
                 lost = not node.up or node.life > 0  # nobody need have noticed yet

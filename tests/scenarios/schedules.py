@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from gemini_hpc.core.placement import FORMS, Form
 from tests.scenarios.simulation import CLUSTER, Broken, Simulation, rules
 
 END_S = 150.0
@@ -58,6 +59,7 @@ class Schedule:
     disorder: float = 0.0
     bad_reads: float = 0.0
     delay_s: float = 0.001  # of a message
+    placement: Form = "mixed"
 
     def nodes(self) -> tuple[str, ...]:
         return tuple(f"n{i}" for i in range(self.shape[0] + self.shape[1]))
@@ -128,7 +130,7 @@ def _hang_archiver(sim: Simulation, node: str, fault: Fault) -> None:
 
 def _corrupt(sim: Simulation, node: str, fault: Fault) -> None:
     area, half = divmod(int(fault.seconds * 1000), 2)
-    sim.corrupt(node, area % sim.rules.replicas, half)
+    sim.corrupt(node, area % max(map(len, sim.areas)), half)
 
 
 def _corrupt_file(sim: Simulation, node: str, fault: Fault) -> None:
@@ -269,6 +271,7 @@ def schedule_of(seed: int) -> Schedule:
         disorder=draw.choice((0.01, 0.03, 0.1)) if sort == "disorder" else 0.0,
         bad_reads=draw.choice((0.0, 0.0, 0.05)) if sort in ("data", "crashes") else 0.0,
         delay_s=draw.choice((0.001, 0.001, 0.02, 0.1)) if sort not in ("single", "data") else 0.001,
+        placement=draw.choice(FORMS),
     )
 
 
@@ -279,6 +282,7 @@ def play(schedule: Schedule, log: Callable[[Simulation, str], None] | None = Non
         world_size + spares,
         world_size=world_size,
         replicas=replicas,
+        placement=schedule.placement,
         total_steps=schedule.steps,
         persist_every=schedule.persist_every,
     )

@@ -27,6 +27,7 @@ def rules(nodes: int = 5, **changes: Any) -> Rules:
         "nodes": tuple(f"n{i}" for i in range(nodes)),
         "world_size": 4,
         "replicas": 2,
+        "placement": "mixed",
         "total_steps": 30,
         "persist_every": 10,
         "heartbeat_timeout_s": 1.2,
@@ -81,7 +82,7 @@ class Simulation:
         self.bad_nodes: set[str] = set()  # nodes whose worker fails in the first step that it does
         self.bad_step = 0  # a step that no worker survives
         self.no_worlds_until = 0.0  # before then no window host starts at all
-        self.areas = held_by(self.rules.world_size, self.rules.replicas)
+        self.areas = held_by(self.rules.world_size, self.rules.replicas, self.rules.placement)
         # what a test may look at or interfere with
         self.history: list[tuple[float, str, m.Event, tuple[m.Command, ...]]] = []
         self.orders: list[m.Command] = []
