@@ -68,7 +68,7 @@ def table(found: dict[str, Any]) -> str:
         lines.append(f"{row['placement']:10}{chances}{memory:>16}{row['read_per_step']:>7}{row['sent_per_step']:>7}")
     lines += [
         "",
-        "memory: snapshots that each node has room for, which are two of each rank that it may hold (those in use, mean)",
+        "memory: snapshots that a node has room for, which are two of each rank that it may hold (in use, mean)",
         "read, sent: snapshots a step by the node that has most to do; every read is one between two nodes",
         f"no placement of {replicas} copies exceeds {100 * found['upper_bound']:.2f} % when {replicas} nodes are lost;"
         " full_tail has more copies",
