@@ -43,7 +43,9 @@ class Model:
         reads = {"fetch_s": 60.0, "gather_s": 60.0, "join_s": 60.0, "world_s": 60.0, "finish_s": 60.0}
         bounds["progress_s"] = 60.0
         shape = {"total_steps": 1000, "persist_every": 100, "max_restarts": 3, "max_fruitless": 3}
-        rules = Rules(nodes, world_size=self.ranks, replicas=REPLICAS, placement="mixed", **bounds, **reads, **shape)
+        rules = Rules(
+            nodes, world_size=self.ranks, replicas=REPLICAS, placement="mixed", domains={}, **bounds, **reads, **shape
+        )
         self.cluster = new_cluster(rules, self.now, term=2)
 
     def take(self, events: Iterable[m.Event]) -> list[m.Command]:

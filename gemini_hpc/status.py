@@ -68,6 +68,8 @@ def _text(name: str, status: dict[str, Any]) -> str:
         f"{_step(status['persistent_step'])} on the persistent tier; "
         + ("protected" if status["protected"] else "not protected at this moment"),
     ]
+    if status["shared_domains"]:
+        lines.append(f"copies of one snapshot lie in one failure domain: {', '.join(status['shared_domains'])}")
     if status["waiting_for"]:
         lines.append(f"waiting for {status['waiting_s']} s for: " + ", ".join(status["waiting_for"]))
     if status["alive"] and status["age_s"] > SILENT_S:

@@ -19,6 +19,9 @@ SITES_DIR = Path(__file__).resolve().parents[1] / "site_configs"
 
 AUTO = "auto"
 
+TOPOLOGY = "topology"
+"""Slurm's leaf switches are the failure domains."""
+
 _ONE_LINE = r"^[^\n\r]*$"
 """What becomes an #SBATCH line must not become two."""
 
@@ -38,6 +41,8 @@ class SiteConfig(Section):
     """network interface of the replicas, such as ib0; null: the default route's"""
     mpi: Literal["mpich", "openmpi"] = "mpich"
     """MPI of the replicas: mpich: the one that comes with the package; openmpi: the site's own Open MPI 4, on Slurm"""
+    failure_domains: dict[str, str] | Literal["topology"] | None = None
+    """what is lost together: {RACK: "n[1-4],n9", ...}; topology: what Slurm has as switches; null: each node alone"""
     return_s: float | None = Field(None, ge=0)
     """a node that was lost, and that is there, comes back as a spare after so many seconds; null: it does not"""
     timeout_min: int = Field(1440, ge=1)
@@ -86,7 +91,11 @@ class SiteConfig(Section):
         return options
 
     @model_validator(mode="after")
-    def _has_its_mpi(self) -> Self:
+    def _has_slurm(self) -> Self:
+        if self.failure_domains == TOPOLOGY and self.kind == "local":
+            raise ValueError(
+                "site.failure_domains is topology, which only Slurm has: name the nodes, or set it to null"
+            )
         if self.mpi == "openmpi" and self.kind == "local":
             raise ValueError("site.mpi is openmpi, which srun starts on Slurm sites only: set site.mpi=mpich")
         return self

@@ -63,6 +63,16 @@ def held_by(world_size: int, replicas: int, form: Form = "mixed") -> tuple[tuple
     return tuple(tuple(owners) for owners in table)
 
 
+@lru_cache(maxsize=16)
+def companions(world_size: int, replicas: int, form: Form = "mixed") -> tuple[frozenset[Rank], ...]:
+    """For each rank, the others that hold a snapshot which it holds, too."""
+    keepers, held = holders(world_size, replicas, form), held_by(world_size, replicas, form)
+    return tuple(
+        frozenset(other for owner in held[rank] for other in keepers[owner] if other != rank)
+        for rank in range(world_size)
+    )
+
+
 def areas(world_size: int, replicas: int, form: Form = "mixed") -> int:
     """Return how many snapshots an arena must have room for: as many as any rank holds, for a spare may become any."""
     return max(len(owners) for owners in held_by(world_size, replicas, form))

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterable, Mapping, Set
 
-from gemini_hpc.core.state import Cluster, Copies, Copy, Member, Plan, Source, Worker
+from gemini_hpc.core.domains import domain_of
+from gemini_hpc.core.placement import companions
+from gemini_hpc.core.state import Cluster, Copies, Copy, Member, Plan, Rules, Source, Worker
 from gemini_hpc.core.types import FRESH
 
 
@@ -35,11 +37,13 @@ def assign(cluster: Cluster) -> dict[int, str] | None:
         for rank in [rank for rank in range(cluster.rules.world_size) if rank not in ranks]:
             fits = [m for m in spares if not as_built or (m.built_rank == rank and _is_ready(m))]
             if fits:
+                beside = _domains_beside(cluster.rules, ranks, rank)
                 # best one whose arena is empty: what an evicted node still holds is overwritten when it takes a rank
                 chosen = min(
                     fits,
                     key=lambda member: (
                         *(member.last_choice, member.worker is not Worker.IDLE),
+                        domain_of(cluster.rules.domains, member.node) in beside,
                         *(member.host_world != cluster.world.number, bool(member.held)),
                         member.node,
                     ),
@@ -47,6 +51,12 @@ def assign(cluster: Cluster) -> dict[int, str] | None:
                 spares.remove(chosen)
                 ranks[rank] = chosen.node
     return dict(sorted(ranks.items())) if len(ranks) == cluster.rules.world_size else None
+
+
+def _domains_beside(rules: Rules, ranks: Mapping[int, str], rank: int) -> set[str]:
+    """Return the failure domains in which the companions of a rank are."""
+    others = companions(rules.world_size, rules.replicas, rules.placement)[rank] if rules.domains else ()
+    return {domain_of(rules.domains, ranks[other]) for other in others if other in ranks}
 
 
 def has_substitute(cluster: Cluster, node: str, at_once: bool = False) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
+from gemini_hpc.core.domains import Domains
 from gemini_hpc.core.messages import Pull
 from gemini_hpc.core.placement import Form
 from gemini_hpc.core.types import FRESH, changed
@@ -18,6 +19,7 @@ class Rules:
     world_size: int
     replicas: int
     placement: Form
+    domains: Domains  # nodes that are lost together
     total_steps: int
     persist_every: int
     heartbeat_timeout_s: float

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from gemini_hpc.core.domains import shared
 from gemini_hpc.core.placement import groups
 from gemini_hpc.core.replication import hindrances
 from gemini_hpc.core.state import Cluster, Member, Phase, Worker
@@ -22,6 +23,7 @@ def describe(cluster: Cluster, now: float) -> dict[str, Any]:
         "world_size": rules.world_size,
         "replicas": rules.replicas,
         "placement_groups": [list(group) for group in groups(rules.world_size, rules.replicas, rules.placement)],
+        "shared_domains": list(shared(cluster.ranks, rules.domains, rules.world_size, rules.replicas, rules.placement)),
         # right after a recovery, what was restored is complete in memory though not on all holders: not "protected"
         "safe_step": cluster.safe_step if cluster.safe_step != FRESH or not cluster.plan else cluster.plan.step,
         "persistent_step": cluster.published.step if cluster.published else -1,

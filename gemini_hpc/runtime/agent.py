@@ -4,6 +4,7 @@ It imports neither torch nor MPI, so it starts fast and their bugs cannot kill i
 the one that the others elected.
 """
 
+import json
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from gemini_hpc.config import RunConfig
 from gemini_hpc.config.capacity import areas_of
 from gemini_hpc.core.account import Account
 from gemini_hpc.core.codec import Message
+from gemini_hpc.core.domains import Domains
 from gemini_hpc.core.messages import (
     Command,
     Event,
@@ -47,7 +49,7 @@ from gemini_hpc.runtime.allocation import Allocation, Embedded
 from gemini_hpc.runtime.archiving import Archiving
 from gemini_hpc.runtime.arena_maker import ArenaMaker
 from gemini_hpc.runtime.children import PARENT, carry_output
-from gemini_hpc.runtime.cluster import CLUSTER, NODES, RETURNED
+from gemini_hpc.runtime.cluster import CLUSTER, DOMAINS, NODES, RETURNED
 from gemini_hpc.runtime.coordinator import Coordinator, rules_of
 from gemini_hpc.runtime.household import Household, LineEnded, ProcessEnded
 from gemini_hpc.runtime.paths import RunPaths, open_run
@@ -71,7 +73,7 @@ _signals: list[int] = []
 class Agent:
     """The node's supervisor: one loop over its sockets, its children and the clock."""
 
-    def __init__(self, paths: RunPaths, run: RunConfig, node: str, nodes: tuple[str, ...]) -> None:
+    def __init__(self, paths: RunPaths, run: RunConfig, node: str, nodes: tuple[str, ...], domains: Domains) -> None:
         self._paths, self._run, self._node = paths, run, node
         self._built_rank = min(nodes.index(node), run.cluster.nodes - 1)
         self._events = EventThread(paths.run_dir, node)
@@ -98,7 +100,7 @@ class Agent:
         self._over = False
         self._end: Finish | None = None  # how the run ended, once it has
         returned = os.environ.get(RETURNED) == "1"
-        self._seat = Seat(rules_of(run, nodes), node, run.recovery.heartbeat_s, self._started, returned)
+        self._seat = Seat(rules_of(run, nodes, domains), node, run.recovery.heartbeat_s, self._started, returned)
         self._role = Coordinator(paths, run, self._seat, self._wire, self._cluster, self._events)
         self._archiving = Archiving(self._household, run.recovery.archive_s, self._tell)
 
@@ -371,7 +373,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to handle
     signal.signal(signal.SIGTERM, lambda told, _frame: _signals.append(told))
     carry_output()
-    Agent(paths, run, node, tuple(os.environ[NODES].split(","))).serve()
+    Agent(paths, run, node, tuple(os.environ[NODES].split(",")), json.loads(os.environ[DOMAINS])).serve()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import os
 import psutil
 
 from gemini_hpc.config import RunConfig
+from gemini_hpc.config.site import TOPOLOGY
+from gemini_hpc.core.domains import Domains, arrange
 from gemini_hpc.errors import UserError
 from gemini_hpc.slurm.control import this_job
 from gemini_hpc.windows.launch import network_interface
@@ -15,6 +17,9 @@ CLUSTER = "GEMINI_CLUSTER"
 NODES = "GEMINI_NODES"
 """Environment variable: the names of all nodes of the run, comma-separated, in order of preference."""
 
+
+DOMAINS = "GEMINI_DOMAINS"
+"""Environment variable: the failure domain of every node that is in one, as a JSON object."""
 
 RETURNED = "GEMINI_RETURNED"
 """Environment variable: 1 for the agent of a node that was lost and is back."""
@@ -33,6 +38,31 @@ def nodes_of(run: RunConfig) -> tuple[str, ...]:
     if len(nodes) < wanted:
         raise UserError(f"the job has {len(nodes)} nodes, and the run needs {wanted}: submit it with --nodes={wanted}")
     return nodes[:wanted]
+
+
+def arranged_nodes(run: RunConfig) -> tuple[tuple[str, ...], Domains]:
+    """Name the nodes of a run so that, as ranks, they share no failure domain where that can be; and their domains."""
+    nodes, cluster, protect = nodes_of(run), run.cluster, run.protect
+    domains = domains_of(run, nodes)
+    return arrange(nodes, domains, cluster.nodes, protect.replicas, protect.placement), domains
+
+
+def domains_of(run: RunConfig, nodes: tuple[str, ...]) -> Domains:
+    """Return the failure domains of the nodes, as the site file or Slurm tells them. Raises UserError."""
+    given = run.site.failure_domains
+    if given is None:
+        return {}
+    if run.site.kind == "local":
+        lists = {name: names.split(",") for name, names in dict(given).items()}
+    else:
+        job = this_job(run.site.call_timeout_s)
+        lists = {name: job.nodes(names) for name, names in (job.switches() if given == TOPOLOGY else given).items()}
+    domains: dict[str, str] = {}
+    for name, members in lists.items():
+        for node in map(str.strip, members):
+            if domains.setdefault(node, name) != name:
+                raise UserError(f"site.failure_domains: {node} is in {domains[node]} and in {name}: put it into one")
+    return {node: domains[node] for node in nodes if node in domains}
 
 
 def address_of(node: str, nodes: tuple[str, ...]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import zmq
 
 from gemini_hpc.config import RunConfig
+from gemini_hpc.core.domains import Domains
 from gemini_hpc.core.messages import (
     Command,
     Disconnected,
@@ -153,13 +154,14 @@ class Coordinator:
         self._status.show(status)
 
 
-def rules_of(run: RunConfig, nodes: tuple[str, ...]) -> Rules:
+def rules_of(run: RunConfig, nodes: tuple[str, ...], domains: Domains) -> Rules:
     recovery = run.recovery
     return Rules(
         nodes=nodes,
         world_size=run.cluster.nodes,
         replicas=run.protect.replicas,
         placement=run.protect.placement,
+        domains=domains,
         total_steps=run.train.steps,
         persist_every=run.protect.persist_every,
         heartbeat_timeout_s=recovery.heartbeat_timeout_s,

@@ -3,6 +3,7 @@
 It decides nothing about the training: who leads, and what is done, the agents settle among themselves.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from gemini_hpc.core.codec import Message
 from gemini_hpc.core.messages import Finish, Lead, NodeExited, NodeUp, Retire, StartWorld, Suspend, Voters, WorldFailed
 from gemini_hpc.runtime.allocation import Embedded
 from gemini_hpc.runtime.children import DYING_WITH_US, LOGGED_TO, Child, python
-from gemini_hpc.runtime.cluster import CLUSTER, LOOPBACK, NODES, RETURNED, nodes_of, own_address
+from gemini_hpc.runtime.cluster import CLUSTER, DOMAINS, LOOPBACK, NODES, RETURNED, arranged_nodes, own_address
 from gemini_hpc.runtime.living import note_job
 from gemini_hpc.runtime.paths import RunPaths
 from gemini_hpc.runtime.processes import NODE_MARK, RUN_MARK, children_of, kill, wait_exit
@@ -58,7 +59,7 @@ class Nodes(ABC):
 
     def __init__(self, paths: RunPaths, run: RunConfig, address: str) -> None:
         self._paths, self._run = paths, run
-        self._names = nodes_of(run)
+        self._names, self._domains = arranged_nodes(run)
         self._wire = Wire(paths.keys)
         self._server: Server = self._wire.listen(address)
         self._poller = zmq.Poller()
@@ -133,6 +134,7 @@ class Nodes(ABC):
     def _start(self, node: str, returned: bool = False) -> None:
         marks = {RUN_MARK: self._paths.run_id, NODE_MARK: f"{self._paths.run_id}:{node}"}
         names = {CLUSTER: self._server.endpoint, NODES: ",".join(self._names), RETURNED: str(int(returned))}
+        names[DOMAINS] = json.dumps(dict(self._domains))
         child = Child(self._command(node, marks | names), {}, self._paths.logs / f"agent-{node}.log")
         self._agents[node] = child
         self._alive.add(node)

@@ -32,6 +32,15 @@ class SlurmJob:
         """Return the names in a list such as n[1-4,7]."""
         return tuple(self._call("scontrol", "show", "hostnames", nodelist).split())
 
+    def switches(self) -> dict[str, str]:
+        """Return the nodes, as a list for `nodes`, at each leaf switch. Raises SlurmError where Slurm knows of none."""
+        answer = self._call("scontrol", "show", "topology")
+        leaves = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in answer.splitlines()]
+        found = {leaf["SwitchName"]: leaf["Nodes"] for leaf in leaves if leaf.get("Level") == "0" and leaf.get("Nodes")}
+        if not found:
+            raise SlurmError("Slurm knows no switches (scontrol show topology): name the nodes in site.failure_domains")
+        return found
+
     def node_states(self, nodes: Sequence[str]) -> dict[str, str]:
         """Return "up", "leaving" (it is drained: no new work) or "gone" for each node that Slurm knows."""
         answer = self._call("sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N %T")

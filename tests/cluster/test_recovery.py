@@ -134,3 +134,22 @@ def test_out_of_spares_the_newest_step_is_saved_and_the_run_goes_on_later(
         stopped = next(event for event in run.events("run") if event["t"] > fault["t"])
         took = 1000 * (stopped["t"] - fault["t"])
         matrix.enter("a node more than there are spares, then --resume", "saved, stopped", None, took, STOPPED)
+
+
+@pytest.mark.parametrize(("form", "shared"), [("overlap", []), ("full_tail", ["left"])])
+def test_holders_are_in_different_racks_before_a_loss_and_after(tmp_path: Path, form: str, shared: list[str]) -> None:
+    """Neighbors would be partners. The spare that takes over is of the rack that lost a node, though not the first.
+
+    Of the full tail, three ranks that all hold one another's, two have to be in one of the two racks.
+    """
+    racks = "site.failure_domains={left: 'node0,node1,node2,node6', right: 'node3,node4,node5,node7'}"
+    lost = drills([drill(8, 3, action="kill_node")])
+    shape = ("cluster.nodes=5", "cluster.spares=3", f"train.steps={STEPS}", "protect.strict=true", "verify=false")
+    with Run(tmp_path, *shape, f"protect.placement={form}", racks, lost) as run:
+        run.wait_for_end()
+        ranks = {node["rank"]: node["node"] for node in run.status["nodes"] if node["rank"] is not None}
+        assert run.status["state"] == "finished"
+        (item,) = timeline.recoveries(run.events())
+        assert (item.rung, item.tier) == ("hot_swap", "peer")
+        assert ranks == {0: "node0", 1: "node3", 2: "node1", 3: "node5", 4: "node2"}
+        assert run.status["shared_domains"] == shared

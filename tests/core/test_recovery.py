@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from gemini_hpc.core.recovery import of_one_history, plan
-from gemini_hpc.core.state import Checkpoint, Cluster, Copies, Copy, new_cluster
+from gemini_hpc.core.recovery import assign, of_one_history, plan
+from gemini_hpc.core.state import Checkpoint, Cluster, Copies, Copy, Worker, new_cluster
 from gemini_hpc.core.turn import Turn
 from tests.scenarios.simulation import rules
 
@@ -61,3 +61,20 @@ def test_without_a_window_host_a_node_restores_what_lies_in_its_own_area_alone()
         turn.set_member("n1", hostless=True)
         found = plan(turn.cluster)
         assert found is not None and found.ranks[1] == "n1" and found.step == step
+
+
+def test_a_spare_from_another_rack_than_its_partner_is_better_when_both_are_ready() -> None:
+    """Rank 2 is held by rank 3, on n3. A node that is ready is better still: it is there at once."""
+    for domains, idle, chosen in (
+        ({}, {"n4", "n5"}, "n4"),
+        ({"n3": "a", "n4": "a", "n5": "b"}, {"n4", "n5"}, "n5"),
+        ({"n3": "a", "n4": "a", "n5": "b"}, {"n4"}, "n4"),
+    ):
+        state = new_cluster(rules(6, domains=domains), 0.0)
+        members = {
+            node: replace(member, held=(), worker=Worker.IDLE if node in idle else Worker.BUILDING)
+            for node, member in state.members.items()
+        }
+        members["n2"] = replace(members["n2"], alive=False)
+        ranks = assign(replace(state, members=members, ranks=NODES))
+        assert ranks == {**NODES, 2: chosen}, domains

@@ -28,6 +28,7 @@ def rules(nodes: int = 5, **changes: Any) -> Rules:
         "world_size": 4,
         "replicas": 2,
         "placement": "mixed",
+        "domains": {},
         "total_steps": 30,
         "persist_every": 10,
         "heartbeat_timeout_s": 1.2,
