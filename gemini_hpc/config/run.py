@@ -129,6 +129,11 @@ class RecoveryConfig(Section):
                 f"recovery.heartbeat_timeout_s ({self.heartbeat_timeout_s}) is less than two heartbeats of"
                 f" {self.heartbeat_s} s: set recovery.heartbeat_timeout_s={10 * self.heartbeat_s:g}"
             )
+        if self.suspect_s < 2 * self.heartbeat_s:  # nodes speak when they are asked
+            raise ValueError(
+                f"recovery.suspect_s ({self.suspect_s}) is less than two heartbeats of {self.heartbeat_s} s, and a node"
+                f" that lives could not clear itself: set recovery.suspect_s={4 * self.heartbeat_s:g}"
+            )
         return self
 
 

@@ -108,6 +108,7 @@ def test_the_default_drill_fits_the_run() -> None:
         ("drills=[{step: 1, rank: 4}]", ["drills.0.rank is 4", "0 to 3", "drills=[]"]),
         ("protect.replicas=5", ["protect.replicas is 5", "cluster.nodes is 4", "cluster.nodes=5"]),
         ("recovery.heartbeat_timeout_s=0.1", ["heartbeat_timeout_s", "two heartbeats"]),
+        ("recovery.heartbeat_s=0.3", ["suspect_s", "two heartbeats of 0.3 s", "recovery.suspect_s=1.2"]),
         ("cluster.spares=-1", ["cluster.spares", "at least 0"]),
         ("train.steps", ["not an override", "key=value"]),
         ("train..steps=3", ["not an override"]),

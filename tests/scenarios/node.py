@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tests.scenarios.simulation import Simulation
 
 CLUSTER = "cluster"
-BEAT_S = 0.4
+BEAT_S = 0.2
 TICK_S = 0.2
 LEASE_TIMEOUTS = 10
 ARCHIVE_S = 5.0
