@@ -146,7 +146,7 @@ def test_holders_are_in_different_racks_before_a_loss_and_after(tmp_path: Path, 
     lost = drills([drill(8, 3, action="kill_node")])
     shape = ("cluster.nodes=5", "cluster.spares=3", f"train.steps={STEPS}", "protect.strict=true", "verify=false")
     with Run(tmp_path, *shape, f"protect.placement={form}", racks, lost) as run:
-        run.wait_for_end()
+        run.wait_for_end(timeout_s=300)
         ranks = {node["rank"]: node["node"] for node in run.status["nodes"] if node["rank"] is not None}
         assert run.status["state"] == "finished"
         (item,) = timeline.recoveries(run.events())
