@@ -98,13 +98,14 @@ def _new_name(config: RunConfig) -> str:
 
 def _check(config: RunConfig) -> tuple[capacity.Needs | None, str]:
     """Return what the run needs and its corpus's fingerprint; UserError for text or memory that is not there."""
+    room = capacity.room_at(config.site)
     if config.train.entry != EXAMPLE:
         _check_entry(config.train.entry)
         return None, ""  # somebody else's model and data: known once they are built
     model = config.model
     corpus = check_source(config.data, model.seq_len)
     shapes = presets.shapes_by_preset(model.family, model.seq_len)
-    return capacity.check(config, shapes, capacity.room_at(config.site)), corpus
+    return capacity.check(config, shapes, room), corpus
 
 
 def _check_entry(name: str) -> None:
@@ -182,10 +183,16 @@ def _fill_directory(run_dir: Path, config: RunConfig, script: str, corpus: str) 
     try:
         for name in ("logs", "events", "checkpoints"):
             (run_dir / name).mkdir(exist_ok=True)
-        (run_dir / "submit.sh").write_text(script)
         environment = {**_environment(), "corpus": corpus}
-        (run_dir / ENVIRONMENT_FILE).write_text(json.dumps(environment, indent=1) + "\n")
-        (run_dir / CONFIG_FILE).write_text(dump(config))
+        files = {
+            "submit.sh": script,
+            ENVIRONMENT_FILE: json.dumps(environment, indent=1) + "\n",
+            CONFIG_FILE: dump(config),
+        }
+        for name, text in files.items():  # of a run that is resumed there are some, which must not be lost
+            (run_dir / f".{name}.tmp").write_text(text)
+        for name in files:
+            os.replace(run_dir / f".{name}.tmp", run_dir / name)
     except OSError as error:
         raise UserError(
             f"cannot write to {run_dir} ({error.strerror}); set site.runs_dir to a folder of yours"

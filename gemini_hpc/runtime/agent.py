@@ -349,7 +349,7 @@ class Agent:
         ready, self._ready = self._ready, None
         if self._arena_maker.failure:
             self._household.end("worker")
-            self._final = True  # another worker would find no more room
+            self._final = self._arena is not None  # another worker's would be as large; but room may come free
             self._lose_worker(self._arena_maker.failure)
             return
         assert self._arena is not None
