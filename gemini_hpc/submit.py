@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import time
+from contextlib import suppress
 from datetime import datetime
 from importlib import metadata
 from importlib.util import find_spec
@@ -24,9 +25,10 @@ from gemini_hpc.persist import manifest
 from gemini_hpc.progress import Progress
 from gemini_hpc.runtime.children import ATTACHED
 from gemini_hpc.runtime.fingerprint import fingerprint
-from gemini_hpc.runtime.living import note_job, whereabouts
+from gemini_hpc.runtime.living import claim, whereabouts
 from gemini_hpc.runtime.paths import RunPaths
 from gemini_hpc.runtime.status_file import read_status, update_status
+from gemini_hpc.slurm.control import SlurmError, SlurmJob
 from gemini_hpc.slurm.script import job_script
 
 CANCEL_GRACE_S = 15.0
@@ -234,10 +236,11 @@ def _submit(run_dir: Path, config: RunConfig, needs: capacity.Needs | None, wait
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda told, _frame: told_to_end.append(told))
     job = submit_job(config, run_dir)
+    if config.site.kind == "slurm":
+        _claim_run(RunPaths(run_dir.resolve(), Path(config.site.shm_dir)), job.id)
     print(f"job      {job.id}")
     print(f"watch    python -m gemini_hpc.status {shown}")
     if config.site.kind == "slurm":
-        note_job(RunPaths(run_dir.resolve(), Path(config.site.shm_dir)), job.id)
         print(f"log      {job.log}")
         print(f"cancel   scancel {job.id}")
     if not wait:
@@ -256,6 +259,14 @@ def _submit(run_dir: Path, config: RunConfig, needs: capacity.Needs | None, wait
             print(f"stopped; go on with: python -m gemini_hpc.submit --resume {shown}")
         return 130
     return progress.conclude(job.log)
+
+
+def _claim_run(paths: RunPaths, job_id: str) -> None:
+    """Have `status` know the job while it waits in the queue; of two that were submitted at once one goes."""
+    with suppress(SlurmError):  # it is busy: the job does it when it starts
+        if other := claim(paths, job_id):
+            SlurmJob(job_id, CANCEL_GRACE_S).cancel()
+            raise UserError(f"{paths.run_dir} is being run already, as job {other}; job {job_id} was cancelled")
 
 
 if __name__ == "__main__":
