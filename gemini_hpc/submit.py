@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import time
+from contextlib import suppress
 from datetime import datetime
 from importlib import metadata
 from importlib.util import find_spec
@@ -24,9 +25,10 @@ from gemini_hpc.persist import manifest
 from gemini_hpc.progress import Progress
 from gemini_hpc.runtime.children import ATTACHED
 from gemini_hpc.runtime.fingerprint import fingerprint
-from gemini_hpc.runtime.living import note_job, whereabouts
+from gemini_hpc.runtime.living import claim, whereabouts
 from gemini_hpc.runtime.paths import RunPaths
 from gemini_hpc.runtime.status_file import read_status, update_status
+from gemini_hpc.slurm.control import SlurmError, SlurmJob
 from gemini_hpc.slurm.script import job_script
 
 CANCEL_GRACE_S = 15.0
@@ -98,13 +100,14 @@ def _new_name(config: RunConfig) -> str:
 
 def _check(config: RunConfig) -> tuple[capacity.Needs | None, str]:
     """Return what the run needs and its corpus's fingerprint; UserError for text or memory that is not there."""
+    room = capacity.room_at(config.site)
     if config.train.entry != EXAMPLE:
         _check_entry(config.train.entry)
         return None, ""  # somebody else's model and data: known once they are built
     model = config.model
     corpus = check_source(config.data, model.seq_len)
     shapes = presets.shapes_by_preset(model.family, model.seq_len)
-    return capacity.check(config, shapes, capacity.room_at(config.site)), corpus
+    return capacity.check(config, shapes, room), corpus
 
 
 def _check_entry(name: str) -> None:
@@ -182,10 +185,16 @@ def _fill_directory(run_dir: Path, config: RunConfig, script: str, corpus: str) 
     try:
         for name in ("logs", "events", "checkpoints"):
             (run_dir / name).mkdir(exist_ok=True)
-        (run_dir / "submit.sh").write_text(script)
         environment = {**_environment(), "corpus": corpus}
-        (run_dir / ENVIRONMENT_FILE).write_text(json.dumps(environment, indent=1) + "\n")
-        (run_dir / CONFIG_FILE).write_text(dump(config))
+        files = {
+            "submit.sh": script,
+            ENVIRONMENT_FILE: json.dumps(environment, indent=1) + "\n",
+            CONFIG_FILE: dump(config),
+        }
+        for name, text in files.items():  # of a run that is resumed there are some, which must not be lost
+            (run_dir / f".{name}.tmp").write_text(text)
+        for name in files:
+            os.replace(run_dir / f".{name}.tmp", run_dir / name)
     except OSError as error:
         raise UserError(
             f"cannot write to {run_dir} ({error.strerror}); set site.runs_dir to a folder of yours"
@@ -227,10 +236,11 @@ def _submit(run_dir: Path, config: RunConfig, needs: capacity.Needs | None, wait
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda told, _frame: told_to_end.append(told))
     job = submit_job(config, run_dir)
+    if config.site.kind == "slurm":
+        _claim_run(RunPaths(run_dir.resolve(), Path(config.site.shm_dir)), job.id)
     print(f"job      {job.id}")
     print(f"watch    python -m gemini_hpc.status {shown}")
     if config.site.kind == "slurm":
-        note_job(RunPaths(run_dir.resolve(), Path(config.site.shm_dir)), job.id)
         print(f"log      {job.log}")
         print(f"cancel   scancel {job.id}")
     if not wait:
@@ -249,6 +259,14 @@ def _submit(run_dir: Path, config: RunConfig, needs: capacity.Needs | None, wait
             print(f"stopped; go on with: python -m gemini_hpc.submit --resume {shown}")
         return 130
     return progress.conclude(job.log)
+
+
+def _claim_run(paths: RunPaths, job_id: str) -> None:
+    """Have `status` know the job while it waits in the queue; of two that were submitted at once one goes."""
+    with suppress(SlurmError):  # it is busy: the job does it when it starts
+        if other := claim(paths, job_id):
+            SlurmJob(job_id, CANCEL_GRACE_S).cancel()
+            raise UserError(f"{paths.run_dir} is being run already, as job {other}; job {job_id} was cancelled")
 
 
 if __name__ == "__main__":

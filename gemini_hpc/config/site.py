@@ -22,6 +22,14 @@ AUTO = "auto"
 TOPOLOGY = "topology"
 """Slurm's leaf switches are the failure domains."""
 
+_SHAPE = {
+    "nodes": "set cluster.nodes and cluster.spares",
+    "ntasks": "a run has one agent a node: leave it out",
+    "ntasks_per_node": "a run has one agent a node: leave it out",
+    "array": "each job does a run of its own: submit several",
+}
+"""Options that would make another job than the one that the run needs."""
+
 _ONE_LINE = r"^[^\n\r]*$"
 """What becomes an #SBATCH line must not become two."""
 
@@ -51,7 +59,7 @@ class SiteConfig(Section):
     """how long before the time limit the job is told by USR2, seconds"""
     python: str = Field('"${GEMINI_PYTHON:-.venv/bin/python}"', min_length=1, pattern=_ONE_LINE)
     """shell words that start Python in the job script; `submit` sets GEMINI_PYTHON to its own Python"""
-    mem_gb: float | None = Field(None, gt=0)
+    mem_gb: float | None = Field(None, ge=0.5)  # less than a worker takes; 0 would be all of it for Slurm
     """memory of each node, GiB; null: left to the site"""
     cpus_per_task: int | None = Field(None, ge=1)
     """cores of each node; null: left to the site"""
@@ -88,14 +96,27 @@ class SiteConfig(Section):
             if not one_line or not key.replace("-", "").replace("_", "").isalnum():
                 wrong = f"slurm_additional_parameters: {key!r}: {value!r} is no sbatch option"
                 raise ValueError(f"{wrong}: write its long name and one value")
+            if (name := key.replace("-", "_")) in _SHAPE:
+                raise ValueError(f"slurm_additional_parameters: {key}: {_SHAPE[name]}")
         return options
 
     @model_validator(mode="after")
     def _has_slurm(self) -> Self:
         if self.failure_domains == TOPOLOGY and self.kind == "local":
+            raise ValueError("site.failure_domains: only Slurm has a topology: name the nodes, or set it to null")
+        return self
+
+    @model_validator(mode="after")
+    def _has_time_to_save(self) -> Self:
+        if self.kind == "slurm" and self.signal_delay_s >= 60 * self.timeout_min:
             raise ValueError(
-                "site.failure_domains is topology, which only Slurm has: name the nodes, or set it to null"
+                f"site.signal_delay_s is {self.signal_delay_s} s, and the job has {60 * self.timeout_min} s in all:"
+                f" set site.timeout_min={self.signal_delay_s // 60 + 10}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _has_its_mpi(self) -> Self:
         if self.mpi == "openmpi" and self.kind == "local":
             raise ValueError("site.mpi is openmpi, which srun starts on Slurm sites only: set site.mpi=mpich")
         return self

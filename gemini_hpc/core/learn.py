@@ -305,7 +305,9 @@ def _on_pulled(turn: Turn, event: Copied) -> None:
         pull.half,
         pull.source,
     ):
-        return  # of a read that was given up
+        if pull is None and event.generation == cluster.generation:
+            _take_late_copy(turn, event)
+        return
     turn.set(pulls={holder: other for holder, other in cluster.pulls.items() if holder != event.node})
     if pull.generation != cluster.generation and (cluster.plan is None or event.step > cluster.plan.step):
         return  # of a history that was abandoned
@@ -317,6 +319,17 @@ def _on_pulled(turn: Turn, event: Copied) -> None:
     if event.reason == "checksum" and turn.cluster.misses.get(key, 0) >= BAD_READS:
         turn.drop_copy(*key)
         turn.open_generation(f"the snapshot of rank {event.rank}, step {event.step} on {event.source} is damaged")
+
+
+def _take_late_copy(turn: Turn, event: Copied) -> None:
+    """A read that was given up has ended well all the same: the copy is there, if it is what somebody else has, too.
+
+    By the time it would be read again it may be the last one.
+    """
+    places = turn.cluster.copies.get((event.rank, event.step), {})
+    alike = next((copy for copy in places.values() if copy.checksum == event.checksum), None)
+    if event.ok and alike:
+        _take_copy(turn, event, alike.origin)
 
 
 def _on_damaged(turn: Turn, event: Damaged) -> None:

@@ -33,7 +33,9 @@ def _form(turn: Turn) -> None:
         turn.set(counted=True, ranks=recovery.last_ranks(turn.alive), copies=recovery.all_copies(turn.alive))
         turn.tell_hosts(node for node in turn.cluster.world.members if not turn.cluster.members[node].alive)
     cluster = turn.cluster
-    if not cluster.surveyed:  # nobody waits for a file system that is not needed
+    if not cluster.surveyed:
+        if turn.in_phase_for() < cluster.rules.suspect_s:
+            return  # a checkpoint may be newer than what is in memory; but nobody waits long for what may hang
         step, _ = recovery.newest_complete(cluster.copies, cluster.rules.world_size)
         overdue = turn.in_phase_for() > cluster.rules.finish_s
         if step == FRESH and overdue:

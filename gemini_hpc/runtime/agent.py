@@ -84,6 +84,7 @@ class Agent:
             Allocation(supervisor, paths, run, node, nodes) if on_slurm else Embedded(supervisor, node, nodes)
         )
         self._server = self._wire.listen(self._cluster.address)
+        self._cluster.announce(NodeUp(node, self._server.endpoint))
         self._poller = zmq.Poller()
         self._household = Household(paths, node, self._poller, self._wire.tally)
         self._arena_maker = ArenaMaker(paths.arena(node), areas_of(run), paths.run_id)
@@ -98,6 +99,7 @@ class Agent:
         self._last_words = ""  # why the worker is about to exit
         self._final = False  # and whether another would do no better
         self._over = False
+        self._forsaken = False  # as nobody is left to work for
         self._end: Finish | None = None  # how the run ended, once it has
         returned = os.environ.get(RETURNED) == "1"
         self._seat = Seat(rules_of(run, nodes, domains), node, run.recovery.heartbeat_s, self._started, returned)
@@ -110,7 +112,6 @@ class Agent:
         """Run until the run is over, or this node is evicted."""
         for source in (self._server.socket, self._cluster.socket):
             self._poller.register(source, zmq.POLLIN)
-        self._cluster.send(NodeUp(self._node, self._server.endpoint))
         self._start_worker()
         while not self._over and not self._is_cancelled():
             self._poller.poll(TICK_MS)
@@ -128,7 +129,7 @@ class Agent:
         self._paths.socket(self._node).unlink(missing_ok=True)
         self._paths.arena(self._node).unlink(missing_ok=True)
         if self._end is not None:
-            self._cluster.see_out(self._end, self._is_cancelled)
+            self._cluster.see_out(self._end, self._is_cancelled, self._forsaken)
         self._cluster.close()
         self._wire.close()
         self._events.close(FLUSH_S)
@@ -145,8 +146,7 @@ class Agent:
         alone_s = self._seat.forsaken(now) if led else now - self._started
         self._cluster.ask(self._seat.election.leads or alone_s > rules.heartbeat_timeout_s)
         if alone_s > (self._cluster.forsaken_timeouts * rules.heartbeat_timeout_s if led else rules.build_s):
-            self._events.emit("run", state="stopped", reason=f"no majority has had a coordinator for {alone_s:.0f} s")
-            self._over = True
+            self._give_up(f"no majority has had a coordinator for {alone_s:.0f} s")
         self._archiving.watch(now)
         self._watch_worker(now)
         if now - self._said_again > REPEAT_S:
@@ -155,6 +155,12 @@ class Agent:
             if self._wire.tally != self._told_tally:
                 self._told_tally = replace(self._wire.tally)
                 self._events.emit("turned_away", **vars(self._told_tally))
+
+    def _give_up(self, reason: str) -> None:
+        """Leave a run that goes on, perhaps, without this node."""
+        self._events.emit("run", state="stopped", reason=reason)
+        self._over = self._forsaken = True
+        self._end = Finish("", "suspended", reason)
 
     def _say_again(self) -> None:
         """A line may have broken, and a message with it: repeat what is told only once. And see that all is there."""
@@ -171,8 +177,7 @@ class Agent:
         for path in (self._arena.path if self._arena is not None else None, self._paths.socket(self._node)):
             if path is not None and not path.exists():
                 # what it holds can be reached by nobody new, and every MPI world would fail
-                self._events.emit("run", state="stopped", reason=f"{path} is gone")
-                self._over = True
+                self._give_up(f"{path} is gone")
 
     def _watch_worker(self, now: float) -> None:
         """A stopped worker (SIGSTOP, a debugger) holds up all ranks, and no socket breaks: end it."""
@@ -352,7 +357,7 @@ class Agent:
         ready, self._ready = self._ready, None
         if self._arena_maker.failure:
             self._household.end("worker")
-            self._final = True  # another worker would find no more room
+            self._final = self._arena is not None  # another worker's would be as large; but room may come free
             self._lose_worker(self._arena_maker.failure)
             return
         assert self._arena is not None

@@ -12,7 +12,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -20,12 +22,13 @@ import zmq
 
 from gemini_hpc.config import RunConfig, SiteConfig
 from gemini_hpc.core.codec import Message
-from gemini_hpc.core.messages import Finish, Retire, StartWorld, Suspend, WorldFailed
+from gemini_hpc.core.messages import Finish, NodeUp, Retire, StartWorld, Suspend, WorldFailed
 from gemini_hpc.errors import GeminiError
 from gemini_hpc.runtime.children import DYING_WITH_US, LOGGED_TO, python
 from gemini_hpc.runtime.cluster import LOOPBACK, address_of, own_address
 from gemini_hpc.runtime.paths import RunPaths
 from gemini_hpc.runtime.processes import RunLock, sweep
+from gemini_hpc.runtime.status_file import read_status
 from gemini_hpc.runtime.wire import Client
 from gemini_hpc.runtime.witness import Witness
 from gemini_hpc.slurm.control import SlurmError, SlurmJob, step_environment, this_job
@@ -50,7 +53,7 @@ ANSWER_S, UNANSWERED_S = 5.0, 20.0
 
 SEE_OUT_POLL_S = 0.5
 ECHO_S = 10.0
-"""A supervisor that lives says within this time that it has heard of the end."""
+"""A supervisor that lives says within this time that it has heard of a node, or of the end."""
 
 
 class Embedded:
@@ -68,6 +71,10 @@ class Embedded:
         """Where this node's agent listens."""
         self.group_address = LOOPBACK
         """Where its worker does."""
+
+    def announce(self, up: NodeUp) -> None:
+        """Say that this node is there. Before that it has begun nothing that outlives a sudden end."""
+        self._supervisor.send(up)
 
     @property
     def socket(self) -> "zmq.Socket[bytes]":
@@ -90,8 +97,11 @@ class Embedded:
         """Take a signal that tells this node to end."""
         self.is_cancelled = True
 
-    def see_out(self, end: Finish, is_cancelled: Callable[[], bool]) -> None:
-        """The run is over, and this node has let everything go: see to it that the job ends, too."""
+    def see_out(self, end: Finish, is_cancelled: Callable[[], bool], forsaken: bool) -> None:
+        """The run is over, and this node has let everything go: see to it that the job ends, too.
+
+        `forsaken`: nobody has said so; this node only knows that it has nobody to work for.
+        """
 
     def close(self) -> None:
         """End what was started here."""
@@ -116,7 +126,25 @@ class Allocation(Embedded):
         self._dismissed = False  # and that it is done with it
         self._witness = Witness(self._job, node, nodes, run.recovery.heartbeat_timeout_s)
         self._node_lock, self._lock = RunLock(paths.node_lock(node)), RunLock(paths.lock)
+        self._here = NodeUp(node, "")
+        self._early: deque[Message] = deque()  # came before the word that we waited for
+
+    def announce(self, up: NodeUp) -> None:
+        self._here = up
+        self._is_known()  # until then we hang on our srun, which may end us without a word
         self._claim()
+
+    def _is_known(self) -> bool:
+        """Tell the supervisor that this node is there; whether it lives and has taken note."""
+        self._supervisor.send(self._here)
+        deadline = time.monotonic() + ECHO_S
+        while time.monotonic() < deadline:
+            self._supervisor.socket.poll(1000 * SEE_OUT_POLL_S)
+            while (message := self._supervisor.receive()) is not None:
+                self._early.append(message)
+                if message == self._here:
+                    return True
+        return False
 
     def _claim(self) -> None:
         """Do for this node what the supervisor does for virtual ones: hold the run's lock, sweep what is dead."""
@@ -147,7 +175,7 @@ class Allocation(Embedded):
         return self._hear_supervisor() or self._witness.next()
 
     def _hear_supervisor(self) -> Message | None:
-        message = super().receive()
+        message = self._early.popleft() if self._early else super().receive()
         self._supervisor_closes |= isinstance(message, Finish)
         self._dismissed |= isinstance(message, Retire)
         return message
@@ -176,9 +204,11 @@ class Allocation(Embedded):
             self._preempted = False
         self.is_cancelled = not self._preempted
 
-    def see_out(self, end: Finish, is_cancelled: Callable[[], bool]) -> None:
+    def see_out(self, end: Finish, is_cancelled: Callable[[], bool], forsaken: bool) -> None:
         """Wait for the end of the job. It ends with its batch script; where that is gone, the first of us ends it."""
         self._end_world()
+        if forsaken and (self._is_led() or self._is_known()):
+            return  # it goes on, or the supervisor ends it
         rounds = int(ECHO_S / SEE_OUT_POLL_S)
         closer, claims = self._nodes[0], 0
         for number in count(1):
@@ -188,7 +218,7 @@ class Allocation(Embedded):
                 return
             # whoever closes lives, or has answered at least; should its node die, Slurm will say so
             silent = not self._supervisor_closes and not claims
-            if number % rounds == 0 and (silent or self._state_of(closer) == "gone"):
+            if number % rounds == 0 and (silent or self._has_gone(closer, claims)):
                 claims += 1
                 closer = self._claim_closing(claims)
                 if closer == self._node:
@@ -198,6 +228,31 @@ class Allocation(Embedded):
             [*python("gemini_hpc.runtime.supervisor", str(self._paths.run_dir)), "--close", end.state, end.reason],
             stdin=subprocess.DEVNULL,
         )
+        deadline = time.monotonic() + ECHO_S
+        while not is_cancelled():  # as the end of the job begins
+            time.sleep(SEE_OUT_POLL_S)
+            if time.monotonic() > deadline:  # it came to a bad end: nobody else will see to it
+                with suppress(SlurmError):
+                    self._job.cancel()
+                return
+
+    def _is_led(self) -> bool:
+        """Whether others do the run, and only this node is cut off: whoever leads renews the status."""
+        before = read_status(self._paths)
+        deadline = time.monotonic() + ECHO_S
+        while time.monotonic() < deadline:
+            time.sleep(SEE_OUT_POLL_S)
+            if read_status(self._paths) != before:
+                return True
+        return False
+
+    def _has_gone(self, closer: str, claims: int) -> bool:
+        """Whether nothing is left of the node, or of the agent, that said it closes the run."""
+        try:
+            gone = self._job.node_states([closer]).get(closer) == "gone"
+            return gone or (claims > 0 and closer not in (node for _, node in self._job.steps()))
+        except SlurmError:
+            return False
 
     def _claim_closing(self, number: int) -> str:
         """Return the node that closes the run after so many others were lost: the first one that said so."""
@@ -209,12 +264,6 @@ class Allocation(Embedded):
             return self._node
         except FileExistsError:
             return claim.read_text()
-
-    def _state_of(self, node: str) -> str:
-        try:
-            return self._job.node_states([node]).get(node, "")
-        except SlurmError:
-            return ""
 
     def close(self) -> None:
         self._end_world()

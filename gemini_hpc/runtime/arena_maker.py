@@ -7,19 +7,20 @@ from gemini_hpc.arena import Arena, ArenaError, Geometry
 
 
 class ArenaMaker:
-    """Makes it once, for the first worker; every later one must fit into it."""
+    """Makes it once, for the first worker that there is room for; every later one must fit into it."""
 
     def __init__(self, path: Path, areas: int, run_id: str) -> None:
         path.unlink(missing_ok=True)  # of this node's life before, if it had one
         self.arena: Arena | None = None
         self.failure = ""
-        """Why there is none, or none that fits; another worker would do no better."""
+        """Why there is none, or none that fits."""
         self._path, self._areas, self._run_id = path, areas, run_id
         self._thread: threading.Thread | None = None
 
     def make(self, snapshot_bytes: int) -> None:
         """Begin to allocate and touch it; see `is_busy`."""
         geometry = Geometry(self._areas, snapshot_bytes)
+        self.failure = ""
         if self.arena is not None:
             if self.arena.geometry != geometry:
                 self.failure = "its snapshots have another size than before"

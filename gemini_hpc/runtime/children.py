@@ -43,10 +43,11 @@ is started gets a copy of all open files and has to close them, which hangs as w
 def carry_output() -> None:
     """Have a child pass on what this process prints from now on, for the same reason: its own log is such a file.
 
-    The child ends when nobody is left who could print.
+    What cannot be written (the disk is full) is lost, and whoever prints never hears of it. The child ends when nobody
+    is left who could print.
     """
     end, beginning = os.pipe()
-    command = ["/bin/sh", "-c", "trap '' INT TERM; exec cat"]
+    command = ["/bin/sh", "-c", "trap '' INT TERM; until cat 2>/dev/null; do :; done"]
     os.posix_spawn(command[0], command, {}, file_actions=[(os.POSIX_SPAWN_DUP2, end, 0)])
     for output in (1, 2):
         os.dup2(beginning, output)

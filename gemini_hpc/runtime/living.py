@@ -1,7 +1,7 @@
 """Whether a run lives: on this machine its lock says so, for a job of Slurm its place in the queue."""
 
-import json
 import os
+from contextlib import suppress
 
 from gemini_hpc.config import RunConfig
 from gemini_hpc.runtime.paths import RunPaths
@@ -11,18 +11,41 @@ from gemini_hpc.slurm.control import SlurmError, SlurmJob
 ASK_S = 10.0
 
 
-def note_job(paths: RunPaths, job_id: str) -> None:
-    """Write down which job of Slurm does the run."""
-    temporary = paths.job.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"id": job_id}) + "\n")
-    os.replace(temporary, paths.job)
+def claim(paths: RunPaths, job_id: str) -> str:
+    """Make this job of Slurm the one that does the run; return the id of another that does it, "" = there is none.
+
+    Claims are numbered, the newest counts, and none is ever changed: of two jobs that make the same one, one fails.
+    Raises SlurmError when Slurm does not say whether the job that has the newest is over.
+    """
+    paths.jobs.mkdir(exist_ok=True)
+    mine = paths.jobs / f".{job_id}.{os.uname().nodename}.{os.getpid()}"
+    mine.write_text(job_id)
+    try:
+        while True:
+            number, holder = _newest_claim(paths)
+            if holder == job_id:
+                return ""
+            if holder and SlurmJob(holder, ASK_S).state():
+                return holder
+            with suppress(FileExistsError):
+                os.link(mine, paths.jobs / str(number + 1))
+    finally:
+        mine.unlink()
+
+
+def _newest_claim(paths: RunPaths) -> tuple[int, str]:
+    """Return its number and its job; (0, "") = there is none."""
+    numbers = (int(entry.name) for entry in paths.jobs.glob("[0-9]*") if entry.name.isdigit())
+    newest = max(numbers, default=0)
+    return newest, (paths.jobs / str(newest)).read_text() if newest else ""
 
 
 def job_of(paths: RunPaths) -> SlurmJob | None:
     """Return the job that does the run, or did."""
     try:
-        return SlurmJob(str(int(json.loads(paths.job.read_text())["id"])), ASK_S)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        _, job_id = _newest_claim(paths)
+        return SlurmJob(str(int(job_id)), ASK_S)
+    except (OSError, ValueError):
         return None
 
 

@@ -21,7 +21,6 @@ from gemini_hpc.core.messages import Finish, Lead, NodeExited, NodeUp, Retire, S
 from gemini_hpc.runtime.allocation import Embedded
 from gemini_hpc.runtime.children import DYING_WITH_US, LOGGED_TO, Child, python
 from gemini_hpc.runtime.cluster import CLUSTER, DOMAINS, LOOPBACK, NODES, RETURNED, arranged_nodes, own_address
-from gemini_hpc.runtime.living import note_job
 from gemini_hpc.runtime.paths import RunPaths
 from gemini_hpc.runtime.processes import NODE_MARK, RUN_MARK, children_of, kill, wait_exit
 from gemini_hpc.runtime.wire import Server, Wire
@@ -264,7 +263,6 @@ class SlurmNodes(Nodes):
         self._up_since: dict[str, float] = {}
         self._without: dict[str, float] = {}  # nodes without an agent, since when
         self._free: frozenset[str] = frozenset()  # those of them that the job has, and Slurm would use
-        note_job(paths, self._job.id)
         super().__init__(paths, run, own_address(run))
         threading.Thread(target=self._watch_steps, daemon=True).start()
 
@@ -288,14 +286,13 @@ class SlurmNodes(Nodes):
         super().close()
 
     def _handle(self, sender: str, message: Message) -> None:
-        super()._handle(sender, message)
-        if sender in self._up and sender not in self._up_since:
-            self._up_since[sender] = time.monotonic()
-        if sender in self._up and (srun := self._agents.pop(sender, None)) is not None:
+        if isinstance(message, NodeUp) and (srun := self._agents.pop(sender, None)) is not None:
             self._poller.unregister(srun.pidfd)
             for shepherd in children_of(srun.pid):  # first: it is there to end the step when srun dies
                 kill(shepherd, signal.SIGKILL)
             srun.end()
+            self._up_since[sender] = time.monotonic()
+        super()._handle(sender, message)  # the agent hears of it, and begins
 
     def _command(self, node: str, environment: dict[str, str]) -> list[str]:
         # not into srun's own environment: whoever looks for the node's processes is not to find it
@@ -314,11 +311,16 @@ class SlurmNodes(Nodes):
             found = self._with_agents()
             if found is None:
                 continue
-            missed = {node: missed.get(node, asked) for node in self._names if node not in found}
+            lone = [node for node in self._names if node not in found]
+            missed = {node: missed[node] if self._is_missed(missed.get(node), node) else asked for node in lone}
             without = {node: since for node, since in missed.items() if since < asked}  # said twice
             if self._run.site.return_s is not None and without:
                 self._free = self._usable() & without.keys()
             self._without = without
+
+    def _is_missed(self, since: float | None, node: str) -> bool:
+        """Whether it has been missed since then; one that came back, and was lost, between two looks is missed anew."""
+        return since is not None and since > self._up_since.get(node, 0.0)
 
     def _with_agents(self) -> set[str] | None:
         """Return the nodes whose agents run; None = Slurm does not say."""

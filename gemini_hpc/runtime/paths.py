@@ -41,8 +41,8 @@ class RunPaths:
         return self.run_dir / "status.json"
 
     @property
-    def job(self) -> Path:
-        return self.run_dir / "job.json"
+    def jobs(self) -> Path:
+        return self.run_dir / "jobs"
 
     @property
     def logs(self) -> Path:

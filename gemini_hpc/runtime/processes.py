@@ -173,7 +173,8 @@ def sweep(shm_dir: Path) -> list[str]:
 
 def traces(shm_dir: Path) -> list[str]:
     """Return the ids of this user's runs, living or dead, that have processes or files on this machine."""
-    found = {match[1] for entry in shm_dir.iterdir() if (match := _OURS.match(entry.name)) and _mine(entry)}
+    entries = shm_dir.iterdir() if shm_dir.is_dir() else ()
+    found = {match[1] for entry in entries if (match := _OURS.match(entry.name)) and _mine(entry)}
     return sorted(found | {value for _, value in _environments(RUN_MARK)})
 
 

@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 
-from gemini_hpc.runtime.children import PARENT, Child, python
+from gemini_hpc.runtime.children import PARENT, Child, carry_output, python
 from gemini_hpc.runtime.paths import RunPaths, open_run
 from gemini_hpc.runtime.processes import RUN_MARK, die_with_parent
 
@@ -53,6 +53,7 @@ def _start(paths: RunPaths, rank: int) -> Child:
 
 def main() -> None:
     die_with_parent(int(os.environ[PARENT]))
+    carry_output()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     paths, _ = open_run(sys.argv[1])
     try:

@@ -12,12 +12,13 @@ import time
 
 from gemini_hpc.config import RunConfig
 from gemini_hpc.core.messages import Finish
-from gemini_hpc.errors import GeminiError
+from gemini_hpc.errors import GeminiError, UserError
 from gemini_hpc.persist import manifest
 from gemini_hpc.runtime.allocation import ANSWER_S
 from gemini_hpc.runtime.children import ATTACHED
 from gemini_hpc.runtime.closing import verify
 from gemini_hpc.runtime.drills import missed
+from gemini_hpc.runtime.living import claim
 from gemini_hpc.runtime.nodes import Nodes, SlurmNodes, VirtualNodes
 from gemini_hpc.runtime.paths import RunPaths, open_run
 from gemini_hpc.runtime.processes import RunLock, clear, sweep, wait_exit
@@ -49,6 +50,12 @@ def supervise(paths: RunPaths, run: RunConfig) -> int:
                 f"{paths.run_dir} is being run already; watch it with `python -m gemini_hpc.status`",
                 file=sys.stderr,
             )
+            return 2
+    else:
+        job = this_job(run.site.call_timeout_s)
+        print(f"run {paths.run_dir}", flush=True)
+        if other := claim(paths, job.id):
+            print(f"{paths.run_dir} is being run already, as job {other}", file=sys.stderr)
             return 2
     try:
         _log_start(paths)
@@ -124,12 +131,12 @@ def _close(paths: RunPaths, run: RunConfig, end: Finish) -> Finish:
 
 def _conclude(paths: RunPaths, run: RunConfig, end: Finish) -> bool:
     """Say how it ended; whether its job goes on elsewhere: then it is back in the queue, and this process ends soon."""
-    reason = end.reason
-    goes_on = end.state == "suspended" and run.site.kind == "slurm" and _progressed(paths)
-    if goes_on:
-        reason += "; the job is queued again"
-    elif end.state == "suspended" and run.site.kind == "slurm":
-        reason += f"; the job came no further in {FRUITLESS_STARTS} starts and is not queued again"
+    reason, goes_on = end.reason, False
+    if end.state == "suspended" and run.site.kind == "slurm":
+        goes_on, how = _is_queued_again(paths, run)
+        reason += f"; {how}"
+    if run.site.kind == "slurm":
+        print(f"{end.state}: {reason}", flush=True)  # in the job's own log
     EventLog(paths.run_dir, "cluster").emit("run", state=end.state, reason=reason)
     update_status(paths, state=end.state, reason=reason, waiting_for=[])
     if goes_on:
@@ -141,9 +148,24 @@ def _conclude(paths: RunPaths, run: RunConfig, end: Finish) -> bool:
     return goes_on
 
 
+def _is_queued_again(paths: RunPaths, run: RunConfig) -> tuple[bool, str]:
+    """Say whether the job of a run that is suspended goes back into the queue, and how that is told."""
+    try:
+        if not this_job(run.site.call_timeout_s).goes_on():
+            return False, "the job was cancelled and is not queued again"
+    except SlurmError:
+        pass  # it is asked again: to queue it
+    if not _progressed(paths):
+        return False, f"the job came no further in {FRUITLESS_STARTS} starts and is not queued again"
+    return True, "the job is queued again"
+
+
 def see_out(paths: RunPaths, run: RunConfig, end: Finish) -> int:
     """Close a run of Slurm whose supervisor is gone, and its job, which would sit there until its time limit."""
-    end = _close(paths, run, end)
+    try:
+        end = _close(paths, run, end)
+    except (GeminiError, OSError) as error:
+        end = Finish("", "failed", str(error))
     if not _conclude(paths, run, end):
         try:
             this_job(run.site.call_timeout_s).cancel()
@@ -210,11 +232,15 @@ def check_wanted() -> None:
 def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):  # by a person, by Slurm, before the time limit
         signal.signal(number, lambda told, _frame: _signals.append(told))
-    paths, run = open_run(sys.argv[1])
-    if len(sys.argv) > 2:  # by an agent
-        _, state, reason = sys.argv[2:]
-        sys.exit(see_out(paths, run, Finish("", state, reason)))
-    sys.exit(supervise(paths, run))
+    try:
+        paths, run = open_run(sys.argv[1])
+        if len(sys.argv) > 2:  # by an agent
+            _, state, reason = sys.argv[2:]
+            sys.exit(see_out(paths, run, Finish("", state, reason)))
+        sys.exit(supervise(paths, run))
+    except GeminiError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from math import isfinite, nan
+from math import inf, isfinite, nan
 
 logging.disable(logging.INFO)  # the libraries' chatter; errors still reach the log
 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -218,10 +218,10 @@ class Worker:
             if not self._run.train.allow_nan:
                 self._refuse_not_finite(loss, step, join)
             snapshot_s = self._snapshot(step, loss, join, votes[0], wait)
-            if strict and not self._wait_until_safe():
-                raise GeminiError(f"protect.strict: step {step} is not safe within {self._run.recovery.join_s:.0f} s")
             step_s = time.monotonic() - start
             self._channel.send(Stepped(self._node, join.generation, join.rank, step, loss, step_s, snapshot_s))
+            if strict:  # where replication fails the coordinator has a checkpoint written: that is safe, too
+                self._wait_until_safe(inf)
             self._drills.strike_at("after", step, join.rank)
 
     def _refuse_not_finite(self, loss: float, step: int, join: Join) -> None:
@@ -270,7 +270,7 @@ class Worker:
         if not all_can():
             return -1.0
         if wait:
-            self._wait_until_safe()
+            self._wait_until_safe(self._run.recovery.join_s)
         start = time.monotonic()
         moment = shard.gather(step, loss)
         half = self._free_half(arena)
@@ -285,18 +285,15 @@ class Worker:
         self._last_snapshot = step
         return taken_s
 
-    def _wait_until_safe(self) -> bool:
-        """Wait, for a bounded time, until the newest snapshot is safe on all its holders; whether it is."""
+    def _wait_until_safe(self, for_s: float) -> None:
+        """Wait until the newest snapshot is safe, at most for so long, or until this generation is over."""
         arena = self._arena
         assert arena is not None
-        deadline = time.monotonic() + self._run.recovery.join_s
-        while not self._is_safe(arena):
+        deadline = time.monotonic() + for_s
+        while not self._is_safe(arena) and time.monotonic() < deadline:
             if self._world.has_ended(self._generation):
                 raise RuntimeError("the group was aborted")
-            if time.monotonic() > deadline:
-                return False
             time.sleep(0.001)
-        return True
 
     def _is_safe(self, arena: Arena) -> bool:
         return self._last_snapshot is None or arena.safe_step >= self._last_snapshot

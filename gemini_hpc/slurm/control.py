@@ -12,9 +12,9 @@ options."""
 
 _LAUNCHERS = ("SLURM_", "SRUN_", "PMI_", "PMIX_", "PMI2_")
 
-_GONE = ("down", "fail", "failing", "error", "powering_down", "powered_down", "power_down", "unknown")
+_GONE = ("down", "fail", "error", "powering_down", "powered_down", "power_down", "unknown")
 _GOES_ON = ("RUNNING", "SIGNALING", "RESIZING", "SUSPENDED", "STOPPED")
-_LEAVING = ("drain", "drained", "draining", "drng", "maint")
+_LEAVING = ("failing", "drain", "drained", "draining", "drng", "maint")
 
 
 class SlurmError(GeminiError):

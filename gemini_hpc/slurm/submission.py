@@ -147,7 +147,7 @@ class _SlurmExecutor(SlurmExecutor):
 
     def _make_submission_command(self, submission_file_path: Path) -> list[str]:
         bounded = ["env", _PYTHON, "timeout", str(self._call_timeout_s)]
-        options = ["--export=ALL", f"--output={self.folder}/%j_0_log.out"]
+        options = ["--export=ALL", f"--output={str(self.folder).replace('%', '%%')}/%j_0_log.out"]
         return [*bounded, "sbatch", *options, str(submission_file_path), str(self._run_dir)]
 
 

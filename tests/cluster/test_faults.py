@@ -4,14 +4,17 @@
 events, never for a time; what it did is proven to have happened before anything is concluded from it.
 """
 
+import contextlib
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -612,6 +615,27 @@ def test_no_window_host_starts_on_two_nodes(tmp_path: Path, matrix: Matrix, refe
         matrix.enter_recovery("a node lost while no window host starts on two others", item)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_window_host_hangs_and_no_step_may_be_lost(
+    tmp_path: Path, matrix: Matrix, references: References, replicas: int
+) -> None:
+    """With protect.strict all wait until it is found out; no worker is to blame."""
+    settings = ("protect.strict=true", f"protect.replicas={replicas}", "recovery.fetch_s=3")
+    with start(tmp_path, *settings) as run:
+        run.wait_for_training(step=4)
+        struck = time.time()
+        with host_stopped(run, "node1"):
+            run.wait_for("host_lost", target="node1")
+            found = run.wait_for("world", since=struck, state="ready")
+        run.wait_for_end()
+        assert_identical(run, references(3, STEPS))
+        assert not run.events("abort")
+        gaps = [b["t"] - a["t"] for a, b in pairwise(run.events("step", rank=0))]
+        fault = f"a window host SIGSTOP, every step to be safe, {replicas} copies"
+        matrix.enter(fault, "another MPI world", ms_since(struck, found), 1000 * max(gaps))
+
+
 # --- memory -------------------------------------------------------------------------------------------
 
 
@@ -642,30 +666,38 @@ def small_memory() -> Iterator[Path]:
             subprocess.run(["umount", place], check=True)
 
 
-def fill(place: Path) -> None:
-    with (place / "filler").open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(1 << 16))
-        except OSError:
-            return
+def fill(place: Path, but: int = 0) -> None:
+    """Leave no room there, or that for so many bytes."""
+    with (place / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while shutil.disk_usage(place).free > but:
+            file.write(bytes(1 << 16))
 
 
 @pytest.mark.long
 def test_the_memory_file_system_is_full(
     small_memory: Path, tmp_path: Path, matrix: Matrix, references: References
 ) -> None:
-    """In the middle of a run it takes nothing from anybody; before there are arenas the run stops and says why."""
+    """In the middle of a run it takes nothing from anybody; before there are arenas whoever has none does not train."""
     with start(tmp_path / "later", f"site.shm_dir={small_memory}", shm=small_memory) as run:
         run.wait_for_training(step=4)
         fill(small_memory)
         faults.kill_worker(run.paths, "node0")
         run.wait_for("first_step", generation=run.generation(2))
         faults.kill_node(run.paths, "node1")
+        arena = run.paths.arena("node0").stat().st_size
         run.wait_for_end()
         assert_identical(run, references(3, STEPS))
         for item, fault in zip(recovered(run), ("worker SIGKILL", "node lost"), strict=True):
             matrix.enter_recovery(f"{fault}, the memory file system full", item)
+    (small_memory / "filler").unlink()
+    fill(small_memory, but=7 * arena // 2)
+    with start(tmp_path / "narrow", f"site.shm_dir={small_memory}", shm=small_memory) as run:
+        run.wait_for_end()
+        assert_identical(run, references(3, STEPS))
+        (failed,) = run.events("no_worker")
+        assert "no room for" in failed["reason"]
+        took = ms_since(run.events("run")[0]["t"], run.events("first_step")[0])
+        matrix.enter("no room for the arena of one node at the start", "the others train", None, took)
     (small_memory / "filler").unlink()
     with start(tmp_path / "first", f"site.shm_dir={small_memory}", shm=small_memory) as run:
         fill(small_memory)
@@ -673,6 +705,43 @@ def test_the_memory_file_system_is_full(
         assert "no room for" in run.status["reason"], run.status
         times = ms_since(run.events("run")[0]["t"], run.events("run")[-1])
         matrix.enter("the memory file system full at the start", "stopped", None, times, STOPPED)
+
+
+TALKS = """
+from dataclasses import replace
+
+
+def add_to(training):
+    def batch(step, rank, micro_step):
+        print(f"step {step}", "and more than a line of it" * 10)
+        return training.batch(step, rank, micro_step)
+
+    return replace(training, batch=batch)
+"""
+"""Prints in every step, as trainings do."""
+
+FULL_S = 5.0
+
+
+@pytest.mark.long
+def test_the_run_directory_is_full(small_memory: Path, tmp_path: Path, matrix: Matrix, references: References) -> None:
+    """What is printed or noted is lost, and no checkpoint is written; but training goes on, and saves its last step."""
+    (tmp_path / "runs").symlink_to(small_memory)
+    with start(tmp_path, "protect.persist_every=20", trouble=TALKS, steps=LONG_STEPS) as run:
+        run.wait_for("persisted")
+        workers, filled = run.pids(WORKER), time.time()
+        fill(small_memory)
+        time.sleep(FULL_S)
+        (small_memory / "filler").unlink()
+        written = run.wait_for("persisted", since=filled + FULL_S)
+        assert written["step"] < LONG_STEPS, "not long enough to see anything"
+        assert run.pids(WORKER) == workers
+        run.wait_for_end()
+        assert run.status["state"] == "finished", run.status
+        reference = references(3, LONG_STEPS)
+        assert all(bits == {reference[key]} for key, bits in run.losses().items())
+        assert not run.events("abort") and not run.events("evict")
+        matrix.enter("the run directory full, and a training that prints", "training goes on", None, None)
 
 
 # --- one after another --------------------------------------------------------------------------------

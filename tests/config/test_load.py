@@ -115,6 +115,9 @@ def test_the_default_drill_fits_the_run() -> None:
         ("train.steps=[1", ["train.steps=[1", "not YAML"]),
         ("site.runs_dir=$NOT_SET_ANYWHERE/x", ["NOT_SET_ANYWHERE", "set the variable"]),
         ("site.slurm_additional_parameters.qos=[1]", ["qos", "no sbatch option"]),
+        ("site.slurm_additional_parameters.array=0-3", ["array", "each job does a run of its own"]),
+        ("site.slurm_additional_parameters={ntasks-per-node: 2}", ["ntasks-per-node", "leave it out"]),
+        ("site.mem_gb=0.0001", ["site.mem_gb", "at least 0.5"]),
         ("site.slurm_partition='a\n\nb'", ["site.slurm_partition"]),
     ],
 )

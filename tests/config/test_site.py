@@ -53,6 +53,15 @@ def test_a_sites_own_open_mpi_is_for_slurm(tmp_path: Path) -> None:
         resolve_site(str(file))
 
 
+def test_a_job_has_time_to_be_saved(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("extends: generic_slurm\ntimeout_min: 2\n")
+    with pytest.raises(
+        UserError, match=r"site.signal_delay_s is 120 s, and the job has 120 s in all: set site.timeout_min=12"
+    ):
+        resolve_site(str(file))
+
+
 def test_a_site_that_extends_another_says_only_what_differs(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("extends: ibex\nslurm_constraint: v100\n")

@@ -253,6 +253,28 @@ def test_a_copy_in_the_place_of_a_replica_is_not_restored_but_fetched() -> None:
     }
 
 
+@pytest.mark.parametrize(("answers", "step"), [(True, 10), (False, 7)])
+def test_who_takes_over_asks_for_newer_checkpoints_but_does_not_wait_for_long(answers: bool, step: int) -> None:
+    """All have step 7. That step 10 is on disk the one before had not told anybody yet."""
+    table = Table(3)
+    table.lead()
+    table.away.add("n0")
+    while table.seats["n1"].cluster is None:
+        table.run(0.05)
+    files = {rank: (f"rank-{rank:04d}.h5", 9, 100 + rank) for rank in (0, 1)}
+    for rank, node in enumerate(("n1", "n2")):
+        table.hear("n1", inventory(node, term=2, generation=1, rank=rank, held=((0, 0, rank, 7, 1, 9, 100 + rank),)))
+    table.hear("n1", m.NodeExited("n0", "gone"))
+    table.run(0.1)
+    cluster = table.seats["n1"].cluster
+    assert cluster is not None and cluster.plan is None
+    if answers:
+        table.survey("n1", 10, files)
+    table.run(table.rules.suspect_s)
+    cluster = table.seats["n1"].cluster
+    assert cluster is not None and cluster.plan is not None and cluster.plan.step == step
+
+
 @pytest.mark.parametrize("led_before", [True, False])
 def test_who_hears_neither_a_leader_nor_a_majority_is_forsaken(led_before: bool) -> None:
     table = Table(3)

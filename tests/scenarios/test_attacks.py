@@ -424,3 +424,17 @@ def test_the_answer_to_a_read_of_another_generation_is_not_believed() -> None:
     cluster.take(m.Copied(**{**vars(answer), "generation": 0}))
     assert holder not in cluster.cluster.copies[pull.rank, pull.step]
     assert cluster.cluster.pulls[holder] == pull
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_read_that_was_given_up_counts_when_it_ended_well(damaged: bool) -> None:
+    """The MPI world was lost, and with it the order. What arrived by then is what its owner has, or is nothing."""
+    cluster = Simulation(rules(4))
+    cluster.pull_s = 0.2
+    cluster.run(lambda c: bool(c.cluster.pulls))
+    holder, pull = next(iter(cluster.cluster.pulls.items()))
+    cluster.take(m.WorldFailed("", cluster.cluster.world.number, "its launcher is gone"))
+    assert holder not in cluster.cluster.pulls
+    answer = copied(pull, "")
+    cluster.take(m.Copied(**{**vars(answer), "checksum": pull.checksum + damaged}))
+    assert (holder in cluster.cluster.copies[pull.rank, pull.step]) is not damaged

@@ -66,9 +66,7 @@ def test_a_site_adds_and_takes_away_options() -> None:
 
 
 def test_probes_ask_for_their_nodes_as_a_run_does_but_for_few_and_once() -> None:
-    run = load_run(
-        site="ibex", overrides=["site.slurm_additional_parameters={time: 99, requeue: true, nodes: 9, qos: high}"]
-    )
+    run = load_run(site="ibex", overrides=["site.slurm_additional_parameters={time: 99, requeue: true, qos: high}"])
     whole, few = options(job_script(run, [])), options(probe_script(run, "gemini-doctor-1", 2, 5))
     of_a_run = ("--job-name", "--nodes", "--time", "--requeue", "--signal")
     assert [option for option in whole if not option.startswith(of_a_run)] == [
