@@ -263,7 +263,7 @@ def _submit(run_dir: Path, config: RunConfig, needs: capacity.Needs | None, wait
 
 def _claim_run(paths: RunPaths, job_id: str) -> None:
     """Have `status` know the job while it waits in the queue; of two that were submitted at once one goes."""
-    with suppress(SlurmError):  # it is busy: the job does it when it starts
+    with suppress(SlurmError, OSError):  # it is busy, or the disk is full: the job does it when it starts
         if other := claim(paths, job_id):
             SlurmJob(job_id, CANCEL_GRACE_S).cancel()
             raise UserError(f"{paths.run_dir} is being run already, as job {other}; job {job_id} was cancelled")

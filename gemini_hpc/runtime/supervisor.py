@@ -238,7 +238,7 @@ def main() -> None:
             _, state, reason = sys.argv[2:]
             sys.exit(see_out(paths, run, Finish("", state, reason)))
         sys.exit(supervise(paths, run))
-    except GeminiError as error:
+    except (GeminiError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
 
