@@ -51,6 +51,9 @@ ALLOW_NAN = "set train.allow_nan=true to train on regardless"
 NICENESS = 5
 """Training yields to the agents and window hosts: they need little, and soon."""
 
+LATE_S = 2.0
+"""A step that is to be safe before the next one, and is not after so long, is reported all the same."""
+
 
 class NotFinite(GeminiError):
     """A loss or a gradient is NaN or infinite: the step must not count."""
@@ -218,6 +221,8 @@ class Worker:
             if not self._run.train.allow_nan:
                 self._refuse_not_finite(loss, step, join)
             snapshot_s = self._snapshot(step, loss, join, votes[0], wait)
+            if strict:
+                self._wait_until_safe(LATE_S)
             step_s = time.monotonic() - start
             self._channel.send(Stepped(self._node, join.generation, join.rank, step, loss, step_s, snapshot_s))
             if strict:  # where replication fails the coordinator has a checkpoint written: that is safe, too
