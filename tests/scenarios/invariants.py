@@ -14,6 +14,7 @@ I5  A run that stops has saved what was safe; one that has finished has publishe
 from typing import TYPE_CHECKING
 
 from gemini_hpc.core import messages as m
+from gemini_hpc.core.learn import BAD_READS
 from gemini_hpc.core.placement import holders
 from gemini_hpc.core.state import Cluster, Phase, term_of
 from gemini_hpc.core.types import FRESH
@@ -21,6 +22,10 @@ from gemini_hpc.core.types import FRESH
 if TYPE_CHECKING:
     from tests.scenarios.node import Content, Node
     from tests.scenarios.simulation import Simulation
+
+
+ON_THE_WAY = 6
+"""No message of an orderly line takes more than so many times the usual delay."""
 
 
 class Broken(AssertionError):
@@ -152,12 +157,15 @@ class Invariants:
         return bool(files) and all(file is not None and file.intact for file in files)
 
     def _survives(self, cluster: Cluster, rank: int, at_step: int, checksum: int) -> bool:
+        """Whether some node has it, and can be known to: the word of it is not on its way, nor were all reads bad."""
+        sim = self._sim
+        told_by = sim.now - ON_THE_WAY * sim.network.delay_s
         for name, member in cluster.members.items():
-            node = self._sim.nodes[name]
-            if member.alive and node.up:
+            node = sim.nodes[name]
+            if member.alive and node.up and sim.spoiled[rank, at_step, name] < BAD_READS:
                 for content in node.arena.values():
                     same = (content.rank, content.step, content.checksum) == (rank, at_step, checksum)
-                    if same and content.intact:
+                    if same and content.intact and content.arrived < told_by:
                         return True
         return False
 

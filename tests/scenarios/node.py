@@ -5,7 +5,7 @@ process that it stands for, as far as others can see it.
 """
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gemini_hpc.core import messages as m
@@ -38,6 +38,7 @@ class Content:
     origin: int
     record: str = "sealed"  # or writing, written
     checksum: int = 0
+    arrived: float = field(default=-1.0, compare=False)  # when it was read from another node
 
     @property
     def true_checksum(self) -> int:
@@ -113,13 +114,16 @@ class Host:
             reason = "deadline"
         else:
             same = seen is not None and seen == source.arena.get((order.source_area, order.source_half))
-            arrived = same and seen.true_checksum == order.checksum and not sim.chance(sim.bad_reads)
+            spoiled = sim.chance(sim.bad_reads)
+            sim.spoiled[order.rank, order.step, order.source] += spoiled
+            arrived = same and seen.true_checksum == order.checksum and not spoiled
             reason = "" if arrived else "checksum"
         if reason:
             del self.node.arena[order.area, order.half]
         else:
             assert seen is not None
-            self.node.arena[order.area, order.half] = changed(seen, origin=order.origin, checksum=order.checksum)
+            known = {"origin": order.origin, "checksum": order.checksum, "arrived": sim.now}
+            self.node.arena[order.area, order.half] = changed(seen, **known)
         self._answer(reason)
 
     def _answer(self, reason: str) -> None:

@@ -7,6 +7,7 @@ history, exactly; without a seed all delays are constant.
 
 import heapq
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import count
@@ -76,6 +77,7 @@ class Simulation:
         self.build_s, self.step_s, self.pull_s, self.persist_s, self.survey_s = 0.3, 0.05, 0.02, 0.05, 0.01
         self.host_s, self.exit_s, self.return_s = 0.2, 0.02, None
         self.bad_reads = 0.0  # share of the reads whose bytes arrive damaged
+        self.spoiled: Counter[tuple[int, int, str]] = Counter()  # those of a rank's snapshot of a step on a node
         self.persist_fails: Callable[[m.Command], bool] = lambda order: False
         self.no_writes: set[str] = set()  # nodes that cannot write to the persistent tier
         self.no_host: set[str] = set()  # nodes whose window host does not start
