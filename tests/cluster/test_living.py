@@ -12,8 +12,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 DOCUMENTED = {
     "run_dir", "alive", "run", "state", "generation", "step", "total_steps", "world_size", "replicas",
-    "placement_groups", "safe_step", "persistent_step", "protected", "window_world", "nodes", "waiting_for",
-    "waiting_s", "recoveries", "loss", "step_s", "t",
+    "placement_groups", "shared_domains", "safe_step", "persistent_step", "protected", "window_world", "nodes",
+    "waiting_for", "waiting_s", "recoveries", "loss", "step_s", "t",
 }  # fmt: skip
 
 

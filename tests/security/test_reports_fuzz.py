@@ -55,6 +55,7 @@ STATUS = {
     "persistent_step": -1,
     "replicas": 2,
     "protected": True,
+    "shared_domains": ["rack1"],
     "waiting_for": ["node1"],
     "waiting_s": 0.5,
     "nodes": [

@@ -1,6 +1,7 @@
 """How jobs end: cancelled at the worst moments, without whoever should have ended them, beside another of the run."""
 
 import re
+import shlex
 import time
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def test_the_first_node_dies_before_the_agents_know_one_another(
                 assert run.status["state"] == "finished"
 
 
+@pytest.mark.long
 def test_whoever_closes_the_run_cannot_write_the_report(cluster: SlurmCluster, tmp_path: Path) -> None:
     with SlurmRun(cluster, tmp_path, *shape(3, 1, 60)) as run:
         run.wait_for_training(step=10)
@@ -82,8 +84,8 @@ def test_one_job_at_a_time_does_a_run(cluster: SlurmCluster, tmp_path: Path) -> 
         run.wait_for("safe", since=since)
         cluster.run("scancel", run.job)
         run.wait_for_end()
-        again = [command("submit", "--resume", str(run.run_dir)) for _ in range(2)]
-        both = cluster.run("sh", "-c", " & ".join(" ".join(words) for words in again) + "; wait", cwd=tmp_path)
+        again = shlex.join(command("submit", "--resume", str(run.run_dir)))
+        both = cluster.run("sh", "-c", f"{again} & {again}; wait", cwd=tmp_path)
         jobs = re.findall(r"^job +(\d+)$", both.stdout, re.MULTILINE)
         assert len(jobs) == 1, both.stdout + both.stderr
         assert f"is being run already, as job {jobs[0]}" in both.stderr or "is being run already (as job" in both.stderr
