@@ -6,7 +6,7 @@ from typing import Any
 
 from gemini_hpc.cli import Parser, run_command
 from gemini_hpc.core.placement import FORMS, Form, areas, held_by, holders
-from gemini_hpc.core.probability import recovery_probability, union_bound, upper_bound
+from gemini_hpc.core.probability import recovery_probabilities, union_bound, upper_bound
 from gemini_hpc.errors import UserError
 
 LOST_MAX = 64
@@ -43,7 +43,7 @@ def compare(nodes: int, replicas: int, form: Form, most: int) -> dict[str, Any]:
     keepers, held = holders(nodes, replicas, form), held_by(nodes, replicas, form)
     return {
         "placement": form,
-        "probability": {k: float(recovery_probability(keepers, k)) for k in range(1, most + 1)},
+        "probability": dict(enumerate(map(float, recovery_probabilities(keepers, most)[1:]), 1)),
         "bound": {k: float(union_bound(keepers, k)) for k in range(1, most + 1)},
         "snapshots_held": areas(nodes, replicas, form),
         "snapshots_held_mean": sum(map(len, held)) / nodes,

@@ -263,10 +263,14 @@ def _submit(run_dir: Path, config: RunConfig, needs: capacity.Needs | None, wait
 
 def _claim_run(paths: RunPaths, job_id: str) -> None:
     """Have `status` know the job while it waits in the queue; of two that were submitted at once one goes."""
-    with suppress(SlurmError, OSError):  # it is busy, or the disk is full: the job does it when it starts
-        if other := claim(paths, job_id):
+    try:
+        other = claim(paths, job_id)
+    except (SlurmError, OSError):  # it is busy, or the disk is full: the job does it when it starts
+        return
+    if other:
+        with suppress(SlurmError):  # it would see for itself that it is not wanted
             SlurmJob(job_id, CANCEL_GRACE_S).cancel()
-            raise UserError(f"{paths.run_dir} is being run already, as job {other}; job {job_id} was cancelled")
+        raise UserError(f"{paths.run_dir} is being run already, as job {other}; job {job_id} was cancelled")
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ def domain_of(domains: Domains, node: str) -> str:
 def arrange(nodes: Sequence[str], domains: Domains, world_size: int, replicas: int, form: Form) -> tuple[str, ...]:
     """Return the nodes in an order in which the first are the ranks, whose holders share no domain where that can be.
 
-    The first node stays the first. Each rank after it takes a node of the domain with most nodes left among those that
-    no companion of it is in, so that what is scarce is not used up: for disjoint groups this finds an order if there is
-    one (of the domains that have a node for every group left, each group takes as many as it can).
+    The first node stays the first, for on Slurm the supervisor is there. Each rank after it takes a node of the domain
+    with most nodes left among those that no companion of it is in, so that what is scarce is not used up: for disjoint
+    groups this finds an order if there is one (of the domains that have a node for every group left, each group takes as
+    many as it can).
     """
     if not domains:
         return tuple(nodes)

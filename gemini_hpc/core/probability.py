@@ -16,7 +16,12 @@ _Doomed = frozenset[frozenset[int]]
 
 def recovery_probability(keepers: Keepers, lost: int) -> Fraction:
     """Return the share of all sets of `lost` nodes after which every rank still has a holder."""
-    return Fraction(survivable(keepers, lost)[lost], comb(len(keepers), lost))
+    return recovery_probabilities(keepers, lost)[lost]
+
+
+def recovery_probabilities(keepers: Keepers, most: int) -> list[Fraction]:
+    """Return it for 0 to `most` lost nodes."""
+    return [Fraction(ways, comb(len(keepers), lost)) for lost, ways in enumerate(survivable(keepers, most))]
 
 
 def survivable(keepers: Keepers, most: int) -> list[int]:

@@ -231,9 +231,10 @@ class Allocation(Embedded):
         deadline = time.monotonic() + ECHO_S
         while not is_cancelled():  # as the end of the job begins
             time.sleep(SEE_OUT_POLL_S)
-            if time.monotonic() > deadline:  # it came to a bad end: nobody else will see to it
+            if time.monotonic() > deadline:  # it came to a bad end, and nobody else will see to it
                 with suppress(SlurmError):
-                    self._job.cancel()
+                    if self._job.goes_on():
+                        self._job.cancel()
                 return
 
     def _is_led(self) -> bool:
