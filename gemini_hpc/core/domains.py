@@ -18,8 +18,8 @@ def arrange(nodes: Sequence[str], domains: Domains, world_size: int, replicas: i
 
     The first node stays the first, for on Slurm the supervisor is there. Each rank after it takes a node of the domain
     with most nodes left among those that no companion of it is in, so that what is scarce is not used up: for disjoint
-    groups this finds an order if there is one (of the domains that have a node for every group left, each group takes as
-    many as it can).
+    groups this finds an order if there is one (of the domains that have a node for every group left, each group takes
+    as many as it can).
     """
     if not domains:
         return tuple(nodes)
