@@ -9,7 +9,7 @@ from unicodedata import category
 from gemini_hpc.analysis import timeline
 from gemini_hpc.cli import Parser, run_command
 from gemini_hpc.errors import parsing
-from gemini_hpc.runtime.living import is_alive
+from gemini_hpc.runtime.living import awaited, is_alive
 from gemini_hpc.runtime.paths import open_run
 from gemini_hpc.runtime.status_file import read_status
 from gemini_hpc.telemetry import read_events
@@ -32,6 +32,8 @@ def main(arguments: list[str]) -> int:
     status = {"run_dir": str(paths.run_dir), "alive": is_alive(paths, run), **read_status(paths)}
     with parsing(str(paths.status)):
         status["age_s"] = round(max(0.0, time.time() - status["t"]), 1) if "t" in status else None
+    if "generation" not in status:
+        status["waiting_for"] = awaited(paths, run)
     with parsing(str(paths.status)):
         text = _json(status, recoveries) if options.json else _text(run.name, status)
     print(_printable(text if options.json or not told else f"{text}\n\n{told}"))
@@ -59,8 +61,9 @@ def _printable(text: str) -> str:
 def _text(name: str, status: dict[str, Any]) -> str:
     alive = {True: "alive", False: "not running", None: "Slurm does not say whether it runs"}[status["alive"]]
     if "generation" not in status:
-        reason = f"\n{status['reason']}" if status.get("reason") else ""
-        return f"{name}: {alive}, {status.get('state', 'no status yet')}{reason}"
+        awaits = [f"waiting for: {', '.join(status['waiting_for'])}"] if status["waiting_for"] else []
+        reason = [str(status["reason"])] if status.get("reason") else []
+        return "\n".join([f"{name}: {alive}, {status.get('state', 'no status yet')}", *awaits, *reason])
     lines = [
         f"{name}: {status['state']} ({alive}), step {status['step']} of {status['total_steps']}, "
         f"generation {status['generation']}, coordinated by {status['coordinator']}",

@@ -8,6 +8,7 @@ from gemini_hpc.core.messages import (
     Abort,
     Copied,
     Damaged,
+    Deposed,
     Disconnected,
     Event,
     Heartbeat,
@@ -30,6 +31,7 @@ from gemini_hpc.core.messages import (
     Suspend,
     Tick,
     Trouble,
+    Vote,
     WorkerLost,
     WorkerReady,
     WorldFailed,
@@ -475,3 +477,6 @@ _SAID: Handlers = {
     Persisted: _on_persisted,
     Published: _on_published,
 }
+
+OF_AGENTS = frozenset({*_SAID, Deposed, Heartbeat, Vote})
+"""What an agent may say; all else is the cluster's to tell, or the coordinator's own."""

@@ -102,8 +102,9 @@ def _gather(turn: Turn) -> None:
         turn.open_generation(reason)
         return
     for rank, node in plan.ranks.items():
-        if rank not in cluster.fetched:
-            _fetch(turn, rank, node)
+        by_others = recovery.last_copies(cluster, node, plan.step) - {rank}
+        if rank not in cluster.fetched and not (by_others and plan.sources[rank].tier == "peer"):
+            _fetch(turn, rank, node)  # else others read first what it would overwrite
     missing = [rank for rank in plan.ranks if rank not in cluster.fetched and plan.sources[rank].tier == "peer"]
     if missing and turn.in_phase_for() > cluster.rules.gather_s:
         deaf = plan.ranks[missing[0]]

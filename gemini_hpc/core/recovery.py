@@ -29,19 +29,29 @@ def plan(cluster: Cluster) -> Plan | None:
 
 
 def assign(cluster: Cluster) -> dict[int, str] | None:
-    """Give every rank a living node: its own where that lives, else a spare, the readiest first."""
+    """Give every rank a living node: its own where that lives, else a spare.
+
+    First one that has its snapshot already, as it was to take the rank before; then one whose engine is built as this
+    rank; then the readiest.
+    """
     ranks = {rank: node for rank, node in cluster.ranks.items() if cluster.members[node].able}
     taken = set(ranks.values())
     spares = _spares(cluster, taken)
-    for as_built in (True, False):  # an engine that is built as this rank already is the best choice
+    newest = newest_complete(cluster.copies, cluster.rules.world_size)
+    for best in (
+        lambda member, rank: _is_ready(member) and newest in _at_home(cluster, member.node, rank),
+        lambda member, rank: _is_ready(member) and member.built_rank == rank,
+        lambda _member, _rank: True,
+    ):
         for rank in [rank for rank in range(cluster.rules.world_size) if rank not in ranks]:
-            fits = [m for m in spares if not as_built or (m.built_rank == rank and _is_ready(m))]
+            fits = [m for m in spares if best(m, rank)]
             if fits:
                 beside = _domains_beside(cluster.rules, ranks, rank)
                 # best one whose arena is empty: what an evicted node still holds is overwritten when it takes a rank
                 chosen = min(
                     fits,
                     key=lambda member: (
+                        bool(last_copies(cluster, member.node, newest[0]) - {rank}),
                         *(member.last_choice, member.worker is not Worker.IDLE),
                         domain_of(cluster.rules.domains, member.node) in beside,
                         *(member.host_world != cluster.world.number, bool(member.held)),
@@ -51,6 +61,24 @@ def assign(cluster: Cluster) -> dict[int, str] | None:
                 spares.remove(chosen)
                 ranks[rank] = chosen.node
     return dict(sorted(ranks.items())) if len(ranks) == cluster.rules.world_size else None
+
+
+def _at_home(cluster: Cluster, node: str, rank: int) -> set[tuple[int, int]]:
+    """Return of which steps, as (step, origin), a node has a rank's snapshot in its own area."""
+    found = set()
+    for (of_rank, at_step), places in cluster.copies.items():
+        if of_rank == rank and node in places and places[node].area == 0:
+            found.add((at_step, places[node].origin))
+    return found
+
+
+def last_copies(cluster: Cluster, node: str, at_step: int) -> set[int]:
+    """Return the ranks of whose snapshot of a step there is none but in the node's own area, where it would restore."""
+    return {
+        rank
+        for (rank, step), places in cluster.copies.items()
+        if step == at_step and set(places) == {node} and places[node].area == 0
+    }
 
 
 def _domains_beside(rules: Rules, ranks: Mapping[int, str], rank: int) -> set[str]:

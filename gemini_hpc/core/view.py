@@ -85,11 +85,7 @@ def _waiting_for(cluster: Cluster, now: float) -> list[str]:
     if cluster.phase is Phase.JOINING:
         return [f"rank {rank} to resume" for rank in cluster.ranks if rank not in cluster.resumed]
     if cluster.phase is Phase.SAVING:
-        return [
-            f"rank {r} of step {cluster.persisting} on the persistent tier"
-            for r in range(cluster.rules.world_size)
-            if r not in cluster.files
-        ]
+        return _unsaved(cluster)
     if cluster.phase is not Phase.RUNNING:
         return []
     world = cluster.world
@@ -99,6 +95,14 @@ def _waiting_for(cluster: Cluster, now: float) -> list[str]:
     if not _trains(cluster):
         return [*hosts, f"the checkpoint of step {cluster.rules.total_steps} on the persistent tier"]
     return hosts + (_late(cluster) if now - cluster.progressed > LATE_S else [])
+
+
+def _unsaved(cluster: Cluster) -> list[str]:
+    if cluster.persisting == FRESH:  # nothing that is newer than the newest checkpoint, if there is one
+        return ["the persistent tier to list its checkpoints"]
+    ranks = [rank for rank in range(cluster.rules.world_size) if rank not in cluster.files]
+    files = [f"rank {rank} of step {cluster.persisting} on the persistent tier" for rank in ranks]
+    return files or [f"{cluster.publisher or 'a node'} to publish the checkpoint of step {cluster.persisting}"]
 
 
 def _late(cluster: Cluster) -> list[str]:

@@ -12,6 +12,7 @@ import zmq
 
 from gemini_hpc.config import RunConfig
 from gemini_hpc.core.domains import Domains
+from gemini_hpc.core.learn import OF_AGENTS
 from gemini_hpc.core.messages import (
     Command,
     Disconnected,
@@ -85,7 +86,7 @@ class Coordinator:
         for node, line in list(self._lines.items()):
             while (message := line.receive()) is not None:
                 self._to_cluster.hears(node)
-                if isinstance(message, Event) and message.node == node:
+                if isinstance(message, Event) and type(message) in OF_AGENTS and message.node == node:
                     self.hear(message)
                 else:
                     self._wire.tally.stale += 1

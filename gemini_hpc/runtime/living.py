@@ -57,6 +57,17 @@ def whereabouts(paths: RunPaths, run: RunConfig) -> str:
     return f"as job {job.id}, {state}" if job is not None and (state := job.state()) else ""
 
 
+def awaited(paths: RunPaths, run: RunConfig) -> list[str]:
+    """Name what a run that nobody has led yet waits for; nothing, if it is nowhere."""
+    try:
+        where = whereabouts(paths, run)
+    except SlurmError as error:
+        return [f"Slurm ({error})"]
+    if where.endswith("PENDING"):
+        return [f"Slurm to start it ({where.removeprefix('as ')})"]
+    return ["more than half of the agents to start, and one to lead"] if where else []
+
+
 def is_alive(paths: RunPaths, run: RunConfig) -> bool | None:
     """Whether it lives; None = that cannot be told now."""
     try:

@@ -365,6 +365,23 @@ def test_the_answer_of_a_node_that_came_back_makes_no_majority() -> None:
     assert agents.acting() == []
 
 
+def test_the_answers_of_nodes_that_came_back_do_not_prolong_a_lease() -> None:
+    """n0 led with n3 and n4, which die; it hears of that late, and from them in their next lives at once."""
+    agents = Agents(5)
+    agents.run(1.0)
+    agents.split(["n0", "n3", "n4"])
+    agents.run(2 * LEASE_S)
+    assert agents.acting() == ["n0"]
+    agents.die("n3", "n4", seen_by=["n1", "n2"])
+    agents.run(LEASE_S / 2)
+    for name in ("n3", "n4"):
+        agents.give("n0", "", NodeExited(name, "its agent is gone"))
+        agents.of[name] = agents._new(name, voter=False)
+        agents.up.add(name)
+    agents.run(3 * LEASE_S)  # the assertion is in `give`: never two
+    assert agents.acting() in (["n1"], ["n2"])
+
+
 def test_the_cluster_names_other_voters_once_none_of_the_former_is_left() -> None:
     agents = Agents(3, returned=["n1", "n2"])
     agents.run(1.0)

@@ -4,14 +4,16 @@ I1  All ranks of a group restore one step of one history: nothing torn, nothing 
 I3  No plan goes behind a safe step while every rank's snapshot of it lies intact on some node that the coordinator
     counts as living, whether others can read it or not; and a step is called safe only when it lies with every
     holder. (So losses of fewer than m nodes of each group, once the coordinator noted a step to be safe, never cost
-    more than what was done since.)
+    more than what was done since.) Nor does the first plan after that go behind it while a holder of each rank lives,
+    whatever lies there now; nor to the persistent tier for a step that memory has; nor is a node to overwrite the last
+    copy that is known of what others are to restore.
 I4  In a generation the orders of one coordinator in one term are obeyed, no node goes back to the orders of an older
     one; at any time one node at most may act, and nobody orders anything who may not.
 I5  A run that stops has saved what was safe; one that has finished has published its last step; one that fails over
     a damaged checkpoint has none that is whole. What else I5 and I6 ask is in `schedules`.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gemini_hpc.core import messages as m
 from gemini_hpc.core.learn import BAD_READS
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from tests.scenarios.node import Content, Node
     from tests.scenarios.simulation import Simulation
 
+
+UNWRITTEN = {"bad_disk", "no_tier", "no_writes", "slow_disk", "hang_archiver", "crash_archiver", "corrupt"}
+"""Faults of a schedule that may keep a step from the persistent tier."""
 
 ON_THE_WAY = 6
 """No message of an orderly line takes more than so many times the usual delay."""
@@ -39,6 +44,7 @@ class Invariants:
         self._reached: dict[tuple[str, int], int] = {}  # (node, life) -> the newest generation that it obeyed
         self._safe_on_disk = FRESH  # the step that counts as safe because of its checkpoint alone
         self._safe: dict[int, dict[int, int]] = {}  # step -> rank -> checksum, of the newest safe step
+        self._held: dict[int, set[tuple[str, int]]] = {}  # rank -> who holds it of that step, until there is a plan
 
     def one_history(self, at_step: int, contents: "dict[int, Content | None]") -> int:
         """I1: hold what the ranks restore, or what a checkpoint is made of, against one another."""
@@ -90,12 +96,15 @@ class Invariants:
         if joins:
             self._joined(after, joins)
         for order in orders:
+            if isinstance(order, m.Pull) and order.area == 0:
+                self._fetches(after, order)
+        for order in orders:
             if isinstance(order, m.Note) and order.event == "safe":
                 self._note_safe(after, order.details["step"])
             elif isinstance(order, m.Note) and order.event == "persisted" and after.safe_step == order.details["step"]:
                 self._safe_on_disk = after.safe_step
             elif isinstance(order, m.Note) and order.event == "plan":
-                self._planned(after, order.details["step"], order.details["reason"])
+                self._planned(after, **order.details)
             elif isinstance(order, m.Finish) and not order.node and order.state in ("stopped", "suspended"):
                 self._stopped(after, order.reason)
         if len(after.copies) > 8 * after.rules.world_size or len(after.misses) > 100:
@@ -129,8 +138,35 @@ class Invariants:
         if all(cluster.copies.get((rank, at_step)) for rank in cluster.ranks):  # not lost again in the same breath
             checksums = {r: next(iter(cluster.copies[r, at_step].values())).checksum for r in cluster.ranks}
             self._safe = {at_step: checksums}
+            table = enumerate(holders(rules.world_size, rules.replicas, rules.placement))
+            named = {rank: [cluster.ranks[keeper] for keeper in keepers] for rank, keepers in table}
+            self._held = {rank: {(name, self._sim.nodes[name].life) for name in names} for rank, names in named.items()}
 
-    def _planned(self, cluster: Cluster, to_step: int, reason: str) -> None:
+    def _fetches(self, cluster: Cluster, order: m.Pull) -> None:
+        """I3: what a node reads must not take the place of the last copy of what another has yet to read."""
+        for rank in set(cluster.ranks) - cluster.fetched - {order.rank}:
+            places = cluster.copies.get((rank, order.step), {})
+            if set(places) == {order.node} and places[order.node].area == 0:
+                raise Broken(f"I3: {order} overwrites the last copy of rank {rank}")
+
+    def _lives(self, cluster: Cluster, name: str, life: int) -> bool:
+        """Whether a node that held something has not lost it, as far as it was not damaged."""
+        sim = self._sim
+        node, intact = sim.nodes[name], name not in sim.corrupted and not sim.bad_reads
+        return intact and node.up and node.life == life and cluster.members[name].alive
+
+    def _planned(self, cluster: Cluster, step: int, reason: str, moves: list[dict[str, Any]], **_: Any) -> None:
+        to_step = step
+        kept = all(any(self._lives(cluster, *holder) for holder in held) for held in self._held.values())
+        if self._held and kept and not self._sim.network.disorder:
+            if to_step < max(self._safe):
+                raise Broken(
+                    f"I3: back to step {to_step}, though a holder of each rank of {self._safe} lives ({reason})"
+                )
+            from_disk = any(move["tier"] == "persistent" for move in moves) and to_step != cluster.through_disk
+            if from_disk and to_step == max(self._safe):
+                raise Broken(f"I3: step {to_step} from the persistent tier, though memory has {self._safe} ({reason})")
+        self._held = {}
         if to_step < self._safe_on_disk and self._lies_on_disk(self._safe_on_disk):
             raise Broken(f"I3: back to step {to_step}, though step {self._safe_on_disk} is on disk ({reason})")
         self._safe_on_disk = FRESH
@@ -144,10 +180,11 @@ class Invariants:
 
     def _stopped(self, cluster: Cluster, reason: str) -> None:
         """I5: what was safe is on the persistent tier, unless the tier, or the loss of the copies, forbade it."""
-        saved = cluster.published.step if cluster.published else FRESH
+        saved, sim = cluster.published.step if cluster.published else FRESH, self._sim
         for at_step, checksums in self._safe.items():
             whole = all(self._survives(cluster, rank, at_step, checksum) for rank, checksum in checksums.items())
-            if saved < at_step and whole and "could not be saved in time" not in reason:
+            late = "could not be saved in time" in reason and (sim.no_writes or sim.struck & UNWRITTEN)
+            if saved < at_step and whole and not late:
                 raise Broken(f"I5: stopped with step {saved} saved, though step {at_step} is whole: {reason}")
 
     def _lies_on_disk(self, at_step: int) -> bool:

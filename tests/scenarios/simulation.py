@@ -77,6 +77,8 @@ class Simulation:
         self.build_s, self.step_s, self.pull_s, self.persist_s, self.survey_s = 0.3, 0.05, 0.02, 0.05, 0.01
         self.host_s, self.exit_s, self.return_s = 0.2, 0.02, None
         self.bad_reads = 0.0  # share of the reads whose bytes arrive damaged
+        self.struck: set[str] = set()  # kinds of the faults of a schedule that came to pass
+        self.corrupted: set[str] = set()  # nodes where something that lies in memory was damaged
         self.spoiled: Counter[tuple[int, int, str]] = Counter()  # those of a rank's snapshot of a step on a node
         self.persist_fails: Callable[[m.Command], bool] = lambda order: False
         self.no_writes: set[str] = set()  # nodes that cannot write to the persistent tier
@@ -440,6 +442,7 @@ class Simulation:
         arena = self.nodes[name].arena
         if (area, half) in arena and arena[area, half].record == "sealed":
             arena[area, half] = replace(arena[area, half], state=666)
+            self.corrupted.add(name)
 
     def corrupt_file(self, at_step: int, rank: int) -> None:
         for key, content in self.files.items():

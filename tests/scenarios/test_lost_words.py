@@ -285,6 +285,29 @@ def test_a_word_of_an_earlier_generation_does_not_pass_for_one_of_this() -> None
     assert state.phase is Phase.JOINING and not state.resumed
 
 
+def test_a_coordinator_whose_lines_all_break_gives_nobody_up() -> None:
+    """Not though a collective fails, which makes a node that is suspected as good as lost: it is its own network."""
+    cluster = started(nodes=6, world_size=3)
+    leader = cluster.leader
+    assert leader is not None
+    for node in set(cluster.rules.nodes) - {leader.name}:
+        leader.decide(m.Disconnected(node))
+    cluster.tell(m.Trouble("n1", cluster.cluster.generation, "a collective timed out"))
+    cluster.run_for(1.0)
+    assert cluster.said("trouble") and not cluster.said("evict")
+    finish(cluster)
+
+
+def test_a_rank_that_says_again_what_it_did_is_told_again_what_is_safe() -> None:
+    """Its connection broke, and with it went what it was told: it would wait for ever."""
+    cluster = started()
+    state = cluster.cluster
+    rank, done = next(iter(state.stepped.items()))
+    said = m.Stepped(state.ranks[rank], state.generation, rank, done, 1.0, 0.1, 0.0)
+    _, orders = step(state, state.last_turn, said)
+    assert m.Safe(state.ranks[rank], state.generation, state.safe_step) in orders
+
+
 def test_a_coordinator_that_stood_still_takes_nobody_for_silent() -> None:
     cluster = started()
     state, orders = step(cluster.cluster, cluster.cluster.last_turn + 1.19, m.Tick(""))

@@ -908,3 +908,13 @@ def test_what_is_shown_is_json_and_names_what_is_awaited(at: str) -> None:
     shown = describe(cluster.cluster, cluster.now)
     json.dumps(shown, allow_nan=False)
     assert bool(shown["waiting_for"]) == (at in ("start", "gathering"))
+
+
+def test_who_is_to_publish_what_was_saved_is_named() -> None:
+    cluster = started(persist_every=1000)
+    cluster.obeyed = lambda order: not isinstance(order, m.Publish)
+    cluster.suspend()
+    cluster.run(lambda c: c.cluster.phase is Phase.SAVING and len(c.cluster.files) == 4)
+    state = cluster.cluster
+    said = f"{state.publisher} to publish the checkpoint of step {state.persisting}"
+    assert describe(state, cluster.now)["waiting_for"] == [said]

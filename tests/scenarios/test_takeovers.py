@@ -462,3 +462,22 @@ def test_hosts_hear_from_a_new_leader_who_is_gone() -> None:
     cluster.run(lambda c: c.running() and c.leader is not None and c.leader.name != "n0")
     told = {order.node: order.targets for order in cluster.ordered(m.Gone) if order.node not in ("n0", "n2")}
     assert set(told) == {"n1", "n3", "n4", "n5"} and all(set(targets) >= {0, 2} for targets in told.values())
+
+
+def test_a_spare_that_has_fetched_a_rank_keeps_it_under_the_next_coordinator() -> None:
+    """It was told to join by nobody yet. As it was for another rank, its fetch overwrote the last copy of the first."""
+    cluster = started(nodes=5, world_size=3, persist_every=1000)
+    cluster.intercept = lambda event: isinstance(event, m.Parked)  # survivors are slow to leave
+    safe = cluster.cluster.safe_step
+    cluster.kill_node(cluster.leader.name)
+    cluster.run(lambda c: bool(c.said("fetched")))
+    (fetched,) = cluster.said("fetched")
+    partner = fetched["source"]
+    assert partner == cluster.leader.name  # who has the only other copy, and now is lost
+    cluster.kill_node(partner)
+    cluster.release()
+    cluster.run(lambda c: c.leader is not None and c.cluster.generation > 2 * NUMBERS_OF_A_TERM and c.running())
+    plan = cluster.said("plan")[-1]
+    assert plan["step"] >= safe
+    assert {move["rank"]: move["tier"] for move in plan["moves"]}[fetched["rank"]] == "local"
+    finish(cluster)

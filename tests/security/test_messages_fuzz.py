@@ -2,7 +2,8 @@
 
 import json
 import tracemalloc
-from typing import Any
+from dataclasses import fields
+from typing import Any, get_type_hints
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,13 @@ from hypothesis import strategies as st
 
 from gemini_hpc.core import messages
 from gemini_hpc.core.codec import MAX_MESSAGE_BYTES, Message, MessageError, decode
+from gemini_hpc.core.coordinator import step
+from gemini_hpc.core.learn import OF_AGENTS
 from gemini_hpc.core.messages import Note, Stepped
+from gemini_hpc.core.state import Cluster, Phase, new_cluster
+from gemini_hpc.core.view import describe
+from tests.scenarios.simulation import rules
+from tests.scenarios.test_recoveries import started
 
 FUZZ = settings(max_examples=300, deadline=None, derandomize=True)
 BOUND_BYTES = 96 * MAX_MESSAGE_BYTES
@@ -131,3 +138,52 @@ def test_what_is_no_number_is_refused_where_a_time_is_due(word: str) -> None:
 def test_what_is_no_whole_number_is_refused_where_one_is_due(word: str) -> None:
     raw = json.dumps({"kind": "Abort", "node": "a", "generation": 0}).replace(": 0", f": {word}")
     assert outcome(raw.encode()) is None
+
+
+# --- what somebody who has the keys may say, to the decision core ----------------------------------------
+
+
+def _moments() -> dict[str, tuple[Cluster, float]]:
+    """Coordinators in the middle of things."""
+    found = {"new": (new_cluster(rules(), 0.0), 0.1)}
+    sim = started()
+    found["running"] = (sim.cluster, sim.now)
+    sim.kill_node("n1")
+    for phase in (Phase.GATHERING, Phase.JOINING):
+        sim.run(lambda c, phase=phase: c.cluster.phase is phase)
+        found[phase.value] = (sim.cluster, sim.now)
+    sim = started(persist_every=1000)
+    sim.suspend()
+    sim.run(lambda c: c.cluster.phase is Phase.SAVING)
+    found["saving"] = (sim.cluster, sim.now)
+    return found
+
+
+MOMENTS = _moments()
+NUMBERS = st.sampled_from([-(2**63), -1, 0, 1, 2, 3, 4, 7, 30, 99, 2**63 - 1])
+WORDS = st.sampled_from(
+    ["", "n0", "n1", "n4", "host", "archiver", "lost", "busy", "idle", "checksum", "deadline", "gone"]
+)
+OF_TYPE = {
+    int: NUMBERS,
+    float: st.sampled_from([-1.0, 0.0, 1.0, 1e308]),
+    bool: st.booleans(),
+    str: WORDS,
+    tuple[str, ...]: st.lists(WORDS, max_size=5).map(tuple),
+    tuple[tuple[int, ...], ...]: st.lists(st.lists(NUMBERS, min_size=7, max_size=7).map(tuple), max_size=3).map(tuple),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(OF_AGENTS, key=lambda kind: kind.__name__), ids=lambda kind: kind.__name__)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(moment=st.sampled_from(sorted(MOMENTS)), data=st.data())
+def test_any_word_of_an_agent_leaves_the_core_able_to_decide(
+    kind: type[messages.Event], moment: str, data: Any
+) -> None:
+    cluster, now = MOMENTS[moment]
+    hints = get_type_hints(kind)
+    values = {field.name: data.draw(OF_TYPE[hints[field.name]]) for field in fields(kind)}
+    cluster, _ = step(cluster, now, kind(**values))
+    for beat in range(1, 5):
+        cluster, _ = step(cluster, now + 0.2 * beat, messages.Tick(""))
+    describe(cluster, now + 1.0)
