@@ -17,6 +17,8 @@ from gemini_hpc.telemetry import read_events
 SILENT_S = 5.0
 """A status that is older was written by a coordinator that is no more."""
 
+ENDED = ("finished", "suspended", "stopped", "failed")
+
 AFTER_TRAINING = ("verifying", "reporting")
 
 
@@ -80,6 +82,8 @@ def _text(name: str, status: dict[str, Any]) -> str:
             f"no word of this run for {status['age_s']:.0f} s: a node that a majority answers is awaited, to lead it; "
             "or the run directory, to be written to (full, or its file system hangs)"
         )
+    if status["alive"] is False and status["state"] not in ENDED:
+        lines.append("it has ended without a word (cancelled, out of time, or killed); submit --resume goes on with it")
     if not status["alive"] or status["state"] in AFTER_TRAINING:
         lines.append("the nodes, when the training ended:")
     for node in status["nodes"]:

@@ -96,8 +96,11 @@ class SiteConfig(Section):
             if not one_line or not key.replace("-", "").replace("_", "").isalnum():
                 wrong = f"slurm_additional_parameters: {key!r}: {value!r} is no sbatch option"
                 raise ValueError(f"{wrong}: write its long name and one value")
-            if (name := key.replace("-", "_")) in _SHAPE:
+            name = key.replace("-", "_")
+            if name in _SHAPE:
                 raise ValueError(f"slurm_additional_parameters: {key}: {_SHAPE[name]}")
+            if name.startswith("gpus") or (name in ("gres", "tres_per_node", "tres_per_task") and "gpu" in str(value)):
+                raise ValueError(f"slurm_additional_parameters: {key}: set site.gpus_per_node, which is checked")
         return options
 
     @model_validator(mode="after")

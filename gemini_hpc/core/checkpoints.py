@@ -20,6 +20,9 @@ def persist(turn: Turn) -> None:
     cluster = turn.cluster
     if cluster.persisting != FRESH and turn.now - cluster.persist_since > cluster.rules.finish_s:
         turn.note("persist_failed", step=cluster.persisting, reason="some node did not answer in time")
+        for rank in cluster.ranks.keys() - cluster.files.keys():
+            if (where := _writer(cluster, rank)) is not None:
+                turn.set_member(where, failed_writes=cluster.members[where].failed_writes + 1)
         turn.end_persist(failed=True)
         cluster = turn.cluster
     if cluster.persisting != FRESH:
@@ -47,7 +50,11 @@ def persist(turn: Turn) -> None:
 
 
 def save(turn: Turn) -> None:
-    """Have every rank's snapshot written by some living node that holds it."""
+    """Have every rank's snapshot written by some living node that holds it.
+
+    While all holders of one are silent an older step is saved first: it may be the newest that can be.
+    """
+    _choose_step(turn)
     cluster = turn.cluster
     if cluster.persisting == FRESH:
         newest = cluster.published
@@ -79,6 +86,26 @@ def save(turn: Turn) -> None:
         turn.order(Persist(node, rank, cluster.persisting, copy.area, copy.half, copy.nbytes, copy.checksum))
         sums = {**turn.cluster.persist_sums, rank: copy.checksum}
         turn.set(savers={**turn.cluster.savers, rank: node}, persist_sums=sums)
+
+
+def _choose_step(turn: Turn) -> None:
+    cluster = turn.cluster
+    world_size = cluster.rules.world_size
+    if cluster.persisting == FRESH:
+        newest, origin = newest_complete(cluster.copies, world_size)
+        if newest > turn.published_step():  # which was older, as some were silent
+            turn.save_step(newest, origin)
+        return
+    silent = {member.node for member in cluster.members.values() if member.evidence}
+    unwritten = set(range(world_size)) - cluster.files.keys()
+    if any(cluster.copies.get((rank, cluster.persisting), {}).keys() <= silent for rank in unwritten):
+        heard = {
+            key: {node: copy for node, copy in places.items() if node not in silent}
+            for key, places in cluster.copies.items()
+        }
+        older, origin = newest_complete(heard, world_size)
+        if turn.published_step() < older < cluster.persisting:
+            turn.save_step(older, origin)
 
 
 def _end_saving(turn: Turn, how: str) -> None:
@@ -119,14 +146,18 @@ def _at_home(cluster: Cluster, at_step: int) -> dict[int, str]:
 
 
 def _saver(turn: Turn, rank: int, places: Collection[str]) -> str:
-    """Choose who writes: who failed least and speaks, else who was asked before, else so that many write at once."""
+    """Choose who writes: who failed least and speaks, else who was asked before, else so that many write at once.
+
+    Who was asked before, and has not answered for long, may be deaf.
+    """
     cluster = turn.cluster
     asked = list(cluster.savers.values())
+    late = turn.in_phase_for() > cluster.rules.finish_s / 2
 
     def cost(place: str) -> tuple[int, bool, bool, int, str]:
         failed = cluster.misses.get((rank, cluster.persisting, place), 0)
         silent = bool(cluster.members[place].evidence)
-        return failed, silent, cluster.savers.get(rank) != place, asked.count(place), place
+        return failed, silent, (cluster.savers.get(rank) == place) is late, asked.count(place), place
 
     return min(places, key=cost)
 
@@ -149,21 +180,24 @@ def _ask_to_persist(turn: Turn) -> None:
     """
     cluster = turn.cluster
     turn.set(asked=turn.now)
-    for rank, node in cluster.ranks.items():
-        places = cluster.copies.get((rank, cluster.persisting), {})
-        if places and rank not in cluster.files:
-            where = min(places, key=lambda place: (cluster.members[place].failed_writes, place != node, place))
-            copy = places[where]
+    for rank in cluster.ranks:
+        where = _writer(cluster, rank)
+        if where is not None and rank not in cluster.files:
+            copy = cluster.copies[rank, cluster.persisting][where]
             turn.order(Persist(where, rank, cluster.persisting, copy.area, copy.half, copy.nbytes, copy.checksum))
 
 
+def _writer(cluster: Cluster, rank: int) -> str | None:
+    """Return who writes a rank's snapshot while training goes on; None: nobody has it."""
+    places, owner = cluster.copies.get((rank, cluster.persisting), {}), cluster.ranks[rank]
+    return min(places, key=lambda place: (cluster.members[place].failed_writes, place != owner, place), default=None)
+
+
 def _publish_again(turn: Turn) -> None:
-    """All files are written: see that they are published, by another node where the first one is gone or failed."""
+    """All files are written: see that they are published, by another node where the first one does not answer."""
     publisher = turn.cluster.members.get(turn.cluster.publisher)
     waited = turn.now - turn.cluster.asked > AGAIN_S
-    if publisher is None or not publisher.alive:
-        another = min(turn.alive, key=lambda member: member.failed_writes)
-        if waited or not another.failed_writes:
-            turn.publish(another.node)
-    elif waited:
-        turn.publish(publisher.node)
+    others = [member for member in turn.alive if member.node != turn.cluster.publisher] or turn.alive
+    another = min(others, key=lambda member: (bool(member.evidence), member.failed_writes))
+    if waited or ((publisher is None or not publisher.alive) and not another.failed_writes):
+        turn.publish(another.node)

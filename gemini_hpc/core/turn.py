@@ -260,9 +260,17 @@ class Turn:
     def save_newest(self) -> None:
         """Choose what is to be saved: the newest step that is complete in memory, if it is newer than on disk."""
         newest, origin = newest_complete(self.cluster.copies, self.cluster.rules.world_size)
-        wanted = newest if newest > self.published_step() else FRESH
-        self.set(copies=of_one_history(self.cluster.copies, newest, origin), persisting=wanted)
-        self.set(files={}, savers={}, persist_sums={}, publisher="")
+        self.set(copies=of_one_history(self.cluster.copies, newest, origin))
+        self.save_step(newest if newest > self.published_step() else FRESH, origin)
+
+    def save_step(self, at_step: int, origin: int) -> None:
+        """Have a step saved that is complete in memory."""
+        copies = {
+            key: places if key[1] != at_step else {n: copy for n, copy in places.items() if copy.origin == origin}
+            for key, places in self.cluster.copies.items()
+        }
+        copies = {key: places for key, places in copies.items() if places}
+        self.set(copies=copies, persisting=at_step, files={}, savers={}, persist_sums={}, publisher="")
 
     def publish(self, node: str) -> None:
         """All files of the step that is being persisted are written: have its manifest written by `node`."""

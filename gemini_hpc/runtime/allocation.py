@@ -124,7 +124,8 @@ class Allocation(Embedded):
         self._said_preempted = 0.0
         self._supervisor_closes = False  # it has said that it knows of the end of the run
         self._dismissed = False  # and that it is done with it
-        self._witness = Witness(self._job, node, nodes, run.recovery.heartbeat_timeout_s)
+        notice_s = run.site.signal_delay_s
+        self._witness = Witness(self._job, node, nodes, run.recovery.heartbeat_timeout_s, notice_s)
         self._node_lock, self._lock = RunLock(paths.node_lock(node)), RunLock(paths.lock)
         self._here = NodeUp(node, "")
         self._early: deque[Message] = deque()  # came before the word that we waited for
@@ -228,14 +229,15 @@ class Allocation(Embedded):
             [*python("gemini_hpc.runtime.supervisor", str(self._paths.run_dir)), "--close", end.state, end.reason],
             stdin=subprocess.DEVNULL,
         )
-        deadline = time.monotonic() + ECHO_S
+        again = time.monotonic() + ECHO_S
         while not is_cancelled():  # as the end of the job begins
             time.sleep(SEE_OUT_POLL_S)
-            if time.monotonic() > deadline:  # it came to a bad end, and nobody else will see to it
+            if time.monotonic() > again:  # it came to a bad end, and nobody else will see to it
                 with suppress(SlurmError):
-                    if self._job.goes_on():
-                        self._job.cancel()
-                return
+                    if not self._job.goes_on():
+                        return
+                    self._job.cancel()
+                again = time.monotonic() + ECHO_S
 
     def _is_led(self) -> bool:
         """Whether others do the run, and only this node is cut off: whoever leads renews the status."""

@@ -30,14 +30,20 @@ names some resolvers look for in vain, for seconds, in the middle of a recovery.
 
 
 def nodes_of(run: RunConfig) -> tuple[str, ...]:
-    """Name the nodes of a run, in order of preference; on Slurm those of the job that this process belongs to."""
-    wanted = run.cluster.nodes + run.cluster.spares
+    """Name the nodes of a run, in order of preference; on Slurm those of the job that this process belongs to.
+
+    A job may have been given others than it asked for (`sbatch --nodes`): whatever does not train stands by.
+    """
+    active, spares = run.cluster.nodes, run.cluster.spares
     if run.site.kind == "local":
-        return tuple(f"node{i}" for i in range(wanted))
+        return tuple(f"node{i}" for i in range(active + spares))
     nodes = this_job(run.site.call_timeout_s).nodes(os.environ.get("SLURM_JOB_NODELIST", ""))
-    if len(nodes) < wanted:
-        raise UserError(f"the job has {len(nodes)} nodes, and the run needs {wanted}: submit it with --nodes={wanted}")
-    return nodes[:wanted]
+    if len(nodes) < active:
+        raise UserError(
+            f"the job has {len(nodes)} nodes, and the run needs {active} to train:"
+            f" submit it with --nodes={active + spares}, for {spares} to stand by"
+        )
+    return nodes
 
 
 def arranged_nodes(run: RunConfig) -> tuple[tuple[str, ...], Domains]:

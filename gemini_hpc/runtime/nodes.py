@@ -18,6 +18,7 @@ import zmq
 from gemini_hpc.config import RunConfig
 from gemini_hpc.core.codec import Message
 from gemini_hpc.core.messages import Finish, Lead, NodeExited, NodeUp, Retire, StartWorld, Suspend, Voters, WorldFailed
+from gemini_hpc.errors import UserError
 from gemini_hpc.runtime.allocation import Embedded
 from gemini_hpc.runtime.children import DYING_WITH_US, LOGGED_TO, Child, python
 from gemini_hpc.runtime.cluster import CLUSTER, DOMAINS, LOOPBACK, NODES, RETURNED, arranged_nodes, own_address
@@ -259,11 +260,19 @@ class SlurmNodes(Nodes):
     def __init__(self, paths: RunPaths, run: RunConfig) -> None:
         if run.site.mpi == "openmpi":
             check_openmpi(Path(sys.executable))
+        if not paths.shm_dir.is_dir():
+            raise UserError(f"site.shm_dir: there is no folder {paths.shm_dir} on {os.uname().nodename}; correct it")
         self._job = this_job(run.site.call_timeout_s)
         self._up_since: dict[str, float] = {}
         self._without: dict[str, float] = {}  # nodes without an agent, since when
         self._free: frozenset[str] = frozenset()  # those of them that the job has, and Slurm would use
         super().__init__(paths, run, own_address(run))
+        active = run.cluster.nodes
+        if len(self._names) != active + run.cluster.spares:
+            print(
+                f"the job has {len(self._names)} nodes: {active} train, {len(self._names) - active} stand by",
+                flush=True,
+            )
         threading.Thread(target=self._watch_steps, daemon=True).start()
 
     def turn(self) -> Finish | None:

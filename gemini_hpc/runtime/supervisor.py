@@ -9,6 +9,8 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 
 from gemini_hpc.config import RunConfig
 from gemini_hpc.core.messages import Finish
@@ -33,6 +35,10 @@ CLEAR_UP_S = 15.0
 
 FRUITLESS_STARTS = 3
 """A job that was started so often from the same checkpoint is not put back into the queue."""
+
+
+AGAIN_S, REFUSALS = 5.0, 3
+"""How often Slurm is given an order that it did not take, and after how many of its answers no more."""
 
 
 class Interrupted(GeminiError):
@@ -139,13 +145,31 @@ def _conclude(paths: RunPaths, run: RunConfig, end: Finish) -> bool:
         print(f"{end.state}: {reason}", flush=True)  # in the job's own log
     EventLog(paths.run_dir, "cluster").emit("run", state=end.state, reason=reason)
     update_status(paths, state=end.state, reason=reason, waiting_for=[])
-    if goes_on:
-        try:
-            this_job(run.site.call_timeout_s).requeue()
-        except SlurmError as error:
-            update_status(paths, reason=f"{end.reason}; the job could not be queued again ({error}): use --resume")
-            return False
+    if goes_on and (refusal := _insist(this_job(run.site.call_timeout_s).requeue, run)):
+        reason = f"{end.reason}; the job could not be queued again ({refusal}): use --resume"
+        print(f"{end.state}: {reason}", flush=True)
+        EventLog(paths.run_dir, "cluster").emit("run", state=end.state, reason=reason)
+        update_status(paths, reason=reason)
+        return False
     return goes_on
+
+
+def _insist(order: Callable[[], None], run: RunConfig) -> str:
+    """Give Slurm an order that ends this job, until it answers; it may be away. Return why it does not obey."""
+    job, refusals = this_job(run.site.call_timeout_s), 0
+    while True:
+        try:
+            order()
+            return ""
+        except SlurmError as error:
+            refusal = str(error)
+        with suppress(SlurmError):
+            if not job.goes_on():  # it has come to pass all the same
+                return ""
+            refusals += 1
+        if refusals == REFUSALS or _signals:
+            return refusal
+        time.sleep(AGAIN_S)
 
 
 def _is_queued_again(paths: RunPaths, run: RunConfig) -> tuple[bool, str]:
@@ -157,7 +181,7 @@ def _is_queued_again(paths: RunPaths, run: RunConfig) -> tuple[bool, str]:
         pass  # it is asked again: to queue it
     if not _progressed(paths):
         return False, f"the job came no further in {FRUITLESS_STARTS} starts and is not queued again"
-    return True, "the job is queued again"
+    return True, "the job is being queued again"
 
 
 def see_out(paths: RunPaths, run: RunConfig, end: Finish) -> int:
@@ -166,11 +190,8 @@ def see_out(paths: RunPaths, run: RunConfig, end: Finish) -> int:
         end = _close(paths, run, end)
     except (GeminiError, OSError) as error:
         end = Finish("", "failed", str(error))
-    if not _conclude(paths, run, end):
-        try:
-            this_job(run.site.call_timeout_s).cancel()
-        except SlurmError as error:
-            print(error, file=sys.stderr)
+    if not _conclude(paths, run, end) and (refusal := _insist(this_job(run.site.call_timeout_s).cancel, run)):
+        print(refusal, file=sys.stderr)
     return 0 if end.state == "finished" else 1
 
 

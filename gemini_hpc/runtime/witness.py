@@ -1,11 +1,11 @@
-"""Slurm as a witness: what its word about the nodes comes to, beside what is heard of them."""
+"""Slurm as a witness: what its word about the nodes, and the time that is left, comes to."""
 
 import queue
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
 
-from gemini_hpc.core.messages import NodeDrains, NodeExited
+from gemini_hpc.core.messages import NodeDrains, NodeExited, Suspend
 from gemini_hpc.slurm.control import SlurmError, SlurmJob
 
 ASK_S = 2.0
@@ -15,14 +15,19 @@ IN_ORDER_S = 10.0
 """How long a node that is DOWN, but works, may take to be left in good order: when its slurmd is back that will kill
 all that runs there."""
 
-Word = NodeExited | NodeDrains
+LIMIT_S = 60.0
+"""The longest pause between two looks at the time that is left: a limit can be changed."""
+
+Word = NodeExited | NodeDrains | Suspend
 
 
 class Witness:
-    """Asks Slurm about the nodes of a job, in a thread, for it may take its time."""
+    """Asks Slurm about a job, in a thread, for it may take its time."""
 
-    def __init__(self, job: SlurmJob, node: str, nodes: tuple[str, ...], silence_s: float) -> None:
-        """`silence_s`: a node that was not heard of for so long is silent."""
+    def __init__(self, job: SlurmJob, node: str, nodes: tuple[str, ...], silence_s: float, notice_s: float) -> None:
+        """`silence_s`: a node that was not heard of for so long is silent. `notice_s`: when so much time is left, the
+        run is to be saved; the batch script, which Slurm tells, may be gone."""
+        self._notice_s = notice_s
         self._job, self._node, self._nodes, self._silence_s = job, node, nodes, silence_s
         self._wanted = threading.Event()
         self._wanted_since = 0.0
@@ -50,8 +55,11 @@ class Witness:
     def _ask(self) -> None:
         down: dict[str, float] = {}  # since when
         gone: set[str] = set()
+        look_again = 0.0
         while True:
             self._wanted.wait()
+            if time.monotonic() > look_again:
+                look_again = time.monotonic() + self._watch_limit()
             try:
                 states = self._job.node_states(self._nodes)
             except SlurmError:
@@ -66,13 +74,23 @@ class Witness:
                     gone.add(word.node)
             time.sleep(ASK_S)
 
+    def _watch_limit(self) -> float:
+        """Say so when the time limit is near; return after how many seconds to look again."""
+        try:
+            left_s = self._job.left_s()
+        except SlurmError:
+            return ASK_S
+        if left_s <= self._notice_s:
+            self._told.put(Suspend("", f"Slurm ends the job in {left_s:.0f} s, at its time limit"))
+        return min(max(ASK_S, left_s - self._notice_s), LIMIT_S)
+
     def _is_silent(self, node: str) -> bool:
         """Whether nothing was heard of it, though those who live had the time to answer."""
         heard = max(self._heard.get(node, 0.0), self._wanted_since)
         return node != self._node and time.monotonic() - heard > self._silence_s
 
 
-def words(states: Mapping[str, str], dead: Collection[str]) -> Iterator[Word]:
+def words(states: Mapping[str, str], dead: Collection[str]) -> Iterator[NodeExited | NodeDrains]:
     """Return what the states of `SlurmJob.node_states` mean, when those of `dead` are not to be waited for.
 
     DOWN says that slurmd does not answer, not that nothing runs there: a node that is still heard of is drained at

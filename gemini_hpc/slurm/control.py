@@ -3,6 +3,7 @@
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
+from math import inf
 
 from gemini_hpc.errors import GeminiError
 
@@ -75,6 +76,10 @@ class SlurmJob:
         state, _, reason = answer.strip().partition(" ")
         return state, reason if state == "PENDING" else ""
 
+    def left_s(self) -> float:
+        """Return the seconds until the job's time limit; infinite when it has none."""
+        return duration_s(self._call("squeue", "--noheader", "--format=%L", f"--jobs={self.id}").strip())
+
     def nodelist(self) -> str:
         """Return the nodes that the job has now, as a list for `nodes`: it loses those that go down."""
         return self._call("squeue", "--noheader", "--format=%N", f"--jobs={self.id}").strip()
@@ -132,10 +137,29 @@ def ask(timeout_s: float, *words: str) -> str:
     return done.stdout
 
 
+def duration_s(text: str) -> float:
+    """Return the seconds that squeue writes as [DAYS-][[HOURS:]MINUTES:]SECONDS; infinite for UNLIMITED and such."""
+    days, _, time = text.rpartition("-") if text[:1] != "-" else ("", "", "0")  # below zero: it is over the limit
+    parts = [days or "0", *["0"] * (2 - time.count(":")), *time.split(":")]
+    if not all(part.isdecimal() for part in parts):
+        return inf
+    seconds = 0
+    for part, unit in zip(parts, (1, 24, 60, 60), strict=True):
+        seconds = seconds * unit + int(part)
+    return seconds
+
+
 def jobs_named(name: str, timeout_s: float) -> dict[str, str]:
     """Return the state of each job of this user that has this name and is not over yet."""
     answer = ask(timeout_s, "squeue", "--noheader", f"--user={os.getuid()}", f"--name={name}", "--format=%i %T")
     return dict(line.split(maxsplit=1) for line in answer.splitlines())
+
+
+def job_of_script(path: str, timeout_s: float) -> str:
+    """Return the id of this user's job that runs, or waits to run, the script at `path`; "" = there is none."""
+    answer = ask(timeout_s, "squeue", "--noheader", f"--user={os.getuid()}", "--format=%i %o")
+    jobs = (line.strip().partition(" ") for line in answer.splitlines())
+    return next((job_id for job_id, _, command in jobs if command.strip().startswith(path)), "")
 
 
 def cancel_named(name: str, timeout_s: float) -> None:

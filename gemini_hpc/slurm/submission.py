@@ -16,6 +16,7 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from gemini_hpc.config import RunConfig
 from gemini_hpc.errors import UserError
+from gemini_hpc.slurm.control import SlurmError, job_of_script
 
 SCRIPT_FILE = "submit.sh"
 LOG_DIR = "logs/submitit"
@@ -72,12 +73,29 @@ def submit_job(config: RunConfig, run_dir: Path) -> Job:
         local.update_parameters(timeout_min=site.timeout_min, signal_delay_s=site.signal_delay_s)
         command = ["env", _PYTHON, "bash", str(run_dir / SCRIPT_FILE), str(run_dir)]
         return _LocalJob(local._submit_command(shlex.join(command)))
+    executor = None
     try:
-        job = _SlurmExecutor(folder, run_dir, site.call_timeout_s)._submit_command("")
+        executor = _SlurmExecutor(folder, run_dir, site.call_timeout_s)
+        job_id = executor._submit_command("").job_id
     except RuntimeError as failed:  # as all of submitit's own errors are
-        reason = (str(failed) or f"no answer in {site.call_timeout_s:g} s").splitlines()[0]
-        raise UserError(f"Slurm did not take the job ({reason}): correct the site, or try --site local") from None
-    return _SlurmJob(job.job_id, job.paths.stdout, site.call_timeout_s)
+        job_id = _taken_all_the_same(executor.script if executor else "", site.call_timeout_s, str(failed))
+    return _SlurmJob(job_id, folder / f"{job_id}_0_log.out", site.call_timeout_s)
+
+
+def _taken_all_the_same(script: str, timeout_s: float, failure: str) -> str:
+    """Return the job's id if Slurm has the job though sbatch failed, or said something else. Raises UserError."""
+    words = (failure or f"no answer in {timeout_s:g} s").splitlines()
+    reason = next((line for line in words if line.startswith("sbatch: error: ")), words[0])
+    away = not failure or "timed out" in failure.lower() or "contact" in failure.lower()
+    try:
+        if script and (job_id := job_of_script(script, timeout_s)):
+            return job_id
+    except SlurmError:
+        away = True
+    if away:
+        look = f"squeue -u $(id -un) -o '%i %o' | grep {shlex.quote(script)}"
+        raise UserError(f"Slurm may have taken the job, or may yet ({reason}): before another try, {look}")
+    raise UserError(f"Slurm did not take the job ({reason}): correct the site, or try --site local")
 
 
 class _LocalExecutor(LocalExecutor):
@@ -140,12 +158,14 @@ class _SlurmExecutor(SlurmExecutor):
     def __init__(self, folder: Path, run_dir: Path, call_timeout_s: float) -> None:
         super().__init__(folder)
         self._run_dir = run_dir
+        self.script = ""  # submitit's copy of the script, that Slurm was given
         self._call_timeout_s = call_timeout_s
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:
         return (self._run_dir / SCRIPT_FILE).read_text()
 
     def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+        self.script = str(submission_file_path)
         bounded = ["env", _PYTHON, "timeout", str(self._call_timeout_s)]
         options = ["--export=ALL", f"--output={str(self.folder).replace('%', '%%')}/%j_0_log.out"]
         return [*bounded, "sbatch", *options, str(submission_file_path), str(self._run_dir)]

@@ -19,7 +19,7 @@ from gemini_hpc.core import messages as m
 from gemini_hpc.core.learn import BAD_READS
 from gemini_hpc.core.placement import holders
 from gemini_hpc.core.state import Cluster, Phase, term_of
-from gemini_hpc.core.types import FRESH
+from gemini_hpc.core.types import FRESH, changed
 
 if TYPE_CHECKING:
     from tests.scenarios.node import Content, Node
@@ -164,7 +164,8 @@ class Invariants:
                     f"I3: back to step {to_step}, though a holder of each rank of {self._safe} lives ({reason})"
                 )
             from_disk = any(move["tier"] == "persistent" for move in moves) and to_step != cluster.through_disk
-            if from_disk and to_step == max(self._safe):
+            readable = not any(member.hostless for member in cluster.members.values())
+            if from_disk and readable and to_step == max(self._safe):
                 raise Broken(f"I3: step {to_step} from the persistent tier, though memory has {self._safe} ({reason})")
         self._held = {}
         if to_step < self._safe_on_disk and self._lies_on_disk(self._safe_on_disk):
@@ -182,9 +183,10 @@ class Invariants:
         """I5: what was safe is on the persistent tier, unless the tier, or the loss of the copies, forbade it."""
         saved, sim = cluster.published.step if cluster.published else FRESH, self._sim
         for at_step, checksums in self._safe.items():
-            whole = all(self._survives(cluster, rank, at_step, checksum) for rank, checksum in checksums.items())
-            late = "could not be saved in time" in reason and (sim.no_writes or sim.struck & UNWRITTEN)
-            if saved < at_step and whole and not late:
+            late = "could not be saved in time" in reason
+            known = changed(cluster, members={n: m for n, m in cluster.members.items() if not (late and m.evidence)})
+            whole = all(self._survives(known, rank, at_step, checksum) for rank, checksum in checksums.items())
+            if saved < at_step and whole and not (late and (sim.no_writes or sim.struck & UNWRITTEN)):
                 raise Broken(f"I5: stopped with step {saved} saved, though step {at_step} is whole: {reason}")
 
     def _lies_on_disk(self, at_step: int) -> bool:

@@ -292,6 +292,35 @@ FOUND = {
         persist_s=0.02,
         pull_s=0.02,
     ),
+    "a node that hears nothing was asked again and again to publish the last checkpoint, and nobody else": Schedule(
+        "partitions",
+        (5, 2, 2),
+        (
+            Fault(1.42, "one_way", "n1", 21.0273, "breaks"),
+            Fault(7.1138, "cut_off", "n2", 0.2052, "in"),
+        ),
+        seed=30009563,
+        steps=5,
+        step_s=0.1,
+        persist_s=0.6,
+        placement="ring",
+    ),
+    "the only holder of the newest step was silent, and an older one that was whole was not saved": Schedule(
+        "code",
+        (3, 2, 3),
+        (
+            Fault(0.6946, "bad_code", "n0", 2.1563),
+            Fault(6.5117, "kill_unseen", "n2", 2.3965),
+            Fault(6.6096, "kill_unseen", "n1", 2.8097),
+            Fault(6.6102, "suspend", COORDINATOR, 20.0212),
+        ),
+        seed=30016148,
+        steps=10,
+        persist_every=2,
+        step_s=0.1,
+        persist_s=0.6,
+        pull_s=0.15,
+    ),
 }
 """What seeds have found, by what went wrong; most have a test of their own as well, for delays change with the code."""
 

@@ -138,3 +138,26 @@ def test_the_time_limit_comes_and_the_job_goes_on_from_the_queue(
         run.wait_for_end()
         assert_identical(run, references(3, 2 * STEPS))
         matrix.enter("Slurm: the time limit", "saved, queued again", None, None, STOPPED)
+
+
+@pytest.mark.faults
+@pytest.mark.long
+@pytest.mark.usefixtures("machines")
+def test_the_time_limit_comes_when_the_first_node_is_gone(
+    cluster: SlurmCluster, tmp_path: Path, matrix: Matrix, references: References
+) -> None:
+    """And with it the batch script, which is all that Slurm tells of the limit."""
+    (tmp_path / "trouble.py").write_text(SLOW)
+    limit = ("site.timeout_min=2", "site.signal_delay_s=40", "protect.persist_every=1000")
+    with SlurmRun(cluster, tmp_path, *shape(3, 1, 3 * STEPS), *limit) as run:
+        run.wait_for_training(step=5)
+        with dead(cluster, run.nodes[0]):
+            suspended = run.wait_for("run", 150.0, node="cluster", state="suspended", since=time.time())
+            assert "at its time limit" in suspended["reason"] and "queued again" in suspended["reason"]
+            again = run.wait_for("run", AGAIN_S, node="cluster", state="started", since=suspended["t"])
+            assert again["step"] >= 10
+            (tmp_path / "trouble.py").unlink()
+            run.wait_for("first_step", START_S, since=again["t"])
+            run.wait_for_end()
+        assert_identical(run, references(3, 3 * STEPS))
+        matrix.enter("Slurm: the first node, then the time limit", "saved, queued again", None, None, STOPPED)

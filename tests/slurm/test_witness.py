@@ -3,13 +3,15 @@
 import time
 from collections.abc import Sequence
 from itertools import count
+from math import inf
 from typing import Any
 
 import pytest
 
-from gemini_hpc.core.messages import NodeDrains, NodeExited
+from gemini_hpc.core.messages import NodeDrains, NodeExited, Suspend
 from gemini_hpc.runtime import witness
 from gemini_hpc.runtime.witness import Witness, words
+from gemini_hpc.slurm.control import duration_s
 from tests.cluster.runs import until
 
 WAIT_S = 20.0
@@ -27,10 +29,14 @@ def test_nobody_is_gone_by_the_word_of_a_slurm_for_which_all_are() -> None:
 
 
 class Slurm:
-    """Says of all nodes but n0 that they are down; counts how often it was asked."""
+    """Says of all nodes but n0 that they are down; counts how often it was asked. The job has a while left."""
 
     def __init__(self) -> None:
         self.asked = count()
+        self.until = inf
+
+    def left_s(self) -> float:
+        return self.until - time.monotonic()
 
     def node_states(self, nodes: Sequence[str]) -> dict[str, str]:
         next(self.asked)
@@ -43,7 +49,7 @@ def test_a_node_that_is_down_is_gone_when_it_is_silent_and_drained_while_it_is_h
     monkeypatch.setattr(witness, "ASK_S", 0.01)
     monkeypatch.setattr(witness, "IN_ORDER_S", 1.0)
     slurm: Any = Slurm()
-    observer = Witness(slurm, "n0", ("n0", "n1", "n2"), 0.2)
+    observer = Witness(slurm, "n0", ("n0", "n1", "n2"), 0.2, notice_s=1.0)
     observer.want(True)
     observer.want(True)  # at every turn of the loop
     began, said = time.monotonic(), {}
@@ -58,3 +64,40 @@ def test_a_node_that_is_down_is_gone_when_it_is_silent_and_drained_while_it_is_h
     assert said["n1", NodeExited] > 0.2 and said["n2", NodeExited] > 1.0
     assert said["n2", NodeDrains] < said["n2", NodeExited]
     assert ("n0", NodeExited) not in said
+
+
+def test_it_tells_of_the_time_limit_before_it_comes_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(witness, "ASK_S", 0.01)
+    slurm: Any = Slurm()
+    slurm.until = time.monotonic() + 1.5
+    observer = Witness(slurm, "n0", ("n0",), 0.2, notice_s=1.0)
+    observer.want(True)
+    told: list[float] = []
+
+    def twice() -> bool:
+        while (word := observer.next()) is not None:
+            if isinstance(word, Suspend):
+                assert "at its time limit" in word.reason
+                told.append(slurm.until - time.monotonic())
+        return len(told) >= 2
+
+    until(twice, "the news", WAIT_S)
+    assert max(told) <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("1-02:03:04", 93784),
+        ("2:03:04", 7384),
+        ("3:04", 184),
+        ("59", 59),
+        ("0:00", 0),
+        ("-0:12", 0),
+        ("UNLIMITED", inf),
+        ("NOT_SET", inf),
+        ("", inf),
+    ],
+)
+def test_the_time_that_is_left(text: str, seconds: float) -> None:
+    assert duration_s(text) == seconds

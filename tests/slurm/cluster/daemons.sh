@@ -1,5 +1,5 @@
 #!/bin/bash
-# The daemons of a node, and whoever adopts what they leave: NAME PLACE RUN. On USR1 slurmd starts again.
+# The daemons of a node, and whoever adopts what they leave: NAME PLACE RUN. On USR1 slurmd, or slurmctld, starts again.
 set -eu
 name=$1 place=$2 run=$3
 bare="setpriv --inh-caps=-all --ambient-caps=-all" # root of a namespace starts them, and its powers are not for them
@@ -22,7 +22,9 @@ if [ "$name" = login ]; then
     until [ -S "$MYSQL_UNIX_PORT" ]; do sleep 0.05; done
     $bare slurmdbd -D >"$place/log/slurmdbd.out" 2>&1 &
     until sacctmgr -i add cluster test >"$place/log/sacctmgr.log" 2>&1; do sleep 0.05; done
-    $bare slurmctld -D -i >"$place/log/slurmctld.out" 2>&1 &
+    control() { $bare slurmctld -D "$@" >>"$place/log/slurmctld.out" 2>&1 & }
+    trap control USR1
+    control -i
     touch "$place/log/login.up"
 else
     start() { $bare slurmd -D -N "$name" -d "$(command -v slurmstepd)" >>"$place/log/slurmd.$name.out" 2>&1 & }

@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.slurm.cluster.conf import ACCOUNTING, CONF, NODE
@@ -136,6 +137,24 @@ class SlurmCluster:
     def start_slurmd(self, name: str) -> None:
         """Start Slurm's daemon on a node where it was killed alone."""
         os.kill(self.nodes[name].init, signal.SIGUSR1)
+
+    @contextmanager
+    def without_controller(self) -> Iterator[None]:
+        """While nobody answers at slurmctld's place: it is killed, and started again, with what it knew."""
+        assert self.run("pkill", "-KILL", "-x", "slurmctld").returncode == 0
+        try:
+            yield
+        finally:
+            os.kill(self.login.init, signal.SIGUSR1)
+
+    @contextmanager
+    def hung_controller(self) -> Iterator[None]:
+        """While slurmctld does not answer, and takes what was asked of it afterwards."""
+        assert self.run("pkill", "-STOP", "-x", "slurmctld").returncode == 0
+        try:
+            yield
+        finally:
+            self.run("pkill", "-CONT", "-x", "slurmctld")
 
     def kill(self, name: str, pattern: str) -> None:
         """End the processes of a node whose command lines match, and nothing else there."""
