@@ -16,7 +16,7 @@
 #SBATCH --mem=64GB
 # The job lives on when a node of it fails: that is what the spares are for.
 #SBATCH --no-kill
-# 4 nodes that train and 1 standing by.
+# 4 nodes that train and 1 standing by; sbatch --nodes may give it more or fewer of those.
 #SBATCH --nodes=5
 # One agent for each node; it starts everything else there.
 #SBATCH --ntasks-per-node=1

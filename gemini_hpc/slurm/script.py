@@ -21,7 +21,7 @@ _WHY = {
     "job-name": "The name in squeue.",
     "mem": "Memory of each node: the worker, and the arena, as /dev/shm often counts as memory of the job.",
     "no-kill": "The job lives on when a node of it fails: that is what the spares are for.",
-    "nodes": "{active} nodes that train and {spares} standing by.",
+    "nodes": "{active} nodes that train and {spares} standing by; sbatch --nodes may give it more or fewer of those.",
     "ntasks-per-node": "One agent for each node; it starts everything else there.",
     "open-mode": "After a requeue the log goes on.",
     "output": "The supervisor's log, where sbatch was called; all else is in the run directory.",
