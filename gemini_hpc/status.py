@@ -88,7 +88,8 @@ def _text(name: str, status: dict[str, Any]) -> str:
         lines.append("the nodes, when the training ended:")
     for node in status["nodes"]:
         rank = f"rank {node['rank']}" if node["rank"] is not None else ""
-        said = {"suspected": node["suspected_for"], "avoided": node["avoided_for"]}
+        hurry = [node["hurry"]] if node["hurry"] else []
+        said = {"suspected": node["suspected_for"], "avoided": node["avoided_for"], "reads at once": hurry}
         doubt = "; ".join(f"{word}: {', '.join(reasons)}" for word, reasons in said.items() if reasons)
         lines.append(f"  {node['node']:<12} {node['status']:<8} {rank:<8} {node['worker'] or '':<9} {doubt}".rstrip())
     for key in ("verdict", "reason"):

@@ -3,7 +3,8 @@
 Area 0 holds the snapshots of the node's own rank, areas 1..m-1 the replicas of its partners. Each area is a
 double buffer (halves 0 and 1), so that one complete snapshot exists while the next is being written. Every
 record has one writer at a time: the worker for its own area while writing, the window host afterwards and for
-replicas. `safe_step` in the header is written by the agent alone.
+replicas. `safe_step` in the header is written by the agent alone, `idle_until` by the worker, and by the agent while
+there is none.
 
 A plain mmap of a file rather than `multiprocessing.shared_memory`, whose resource tracker in Python 3.11
 unlinks a segment that other processes still use (FACTS.md section 3).
@@ -17,6 +18,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +32,8 @@ _VERSION = 1
 _HEADER = struct.Struct("<8sIIQ32s")  # magic, version, areas, half_bytes, run id
 _SAFE = struct.Struct("<q")
 _SAFE_OFFSET = 256  # its own cache line: written while others read the header
+_IDLE = struct.Struct("<d")
+_IDLE_OFFSET = 320
 _RECORD = struct.Struct("<IiqqQQ")  # state, rank, step, generation, nbytes, checksum
 _CRC = struct.Struct("<I")
 _RECORD_STRIDE = 64
@@ -126,6 +130,7 @@ class Arena:
         _HEADER.pack_into(mapping, 0, _MAGIC, _VERSION, geometry.areas, geometry.snapshot_bytes, run_id.encode()[:32])
         arena = cls(path, mapping, geometry, run_id)
         arena.safe_step = -1
+        arena.idle_until = inf
         for area in range(geometry.areas):
             for half in (0, 1):
                 arena.write_record(area, half, Record())
@@ -189,6 +194,15 @@ class Arena:
     @safe_step.setter
     def safe_step(self, step: int) -> None:
         _SAFE.pack_into(self.buffer, _SAFE_OFFSET, step)
+
+    @property
+    def idle_until(self) -> float:
+        """Until when training leaves the network alone (monotonic clock): 0 = it uses it now, inf = nobody knows."""
+        return float(_IDLE.unpack_from(self.buffer, _IDLE_OFFSET)[0])
+
+    @idle_until.setter
+    def idle_until(self, moment: float) -> None:
+        _IDLE.pack_into(self.buffer, _IDLE_OFFSET, moment)
 
 
 def _read_header(path: Path, fd: int) -> tuple[Geometry, str]:

@@ -82,12 +82,19 @@ class ProtectConfig(Section):
     """copies of every snapshot in the memory of different nodes, the owner's own included"""
     placement: Form = "mixed"
     """who holds them where replicas do not divide the nodes: mixed (the paper's), ring, overlap or full_tail"""
-    strict: bool = False
-    """wait in every step until its snapshot is safe on all holders: a failure costs the step in flight alone"""
+    mode: Literal["interleaved", "immediate", "blocking", "off"] = "interleaved"
+    """when replicas are made: interleaved (while training leaves the network idle), immediate, blocking (training waits
+    in every step until its snapshot is safe: a failure costs the step in flight alone), or off (of the steps that are
+    written to the persistent tier alone)"""
     persist_every: int = Field(40, ge=1)
     """steps between two checkpoints on the persistent tier"""
     keep: int = Field(3, ge=1)
     """newest checkpoints kept on the persistent tier"""
+
+    @property
+    def snapshot_every(self) -> int:
+        """Steps between two snapshots."""
+        return self.persist_every if self.mode == "off" else 1
 
 
 class RecoveryConfig(Section):

@@ -256,8 +256,9 @@ def _on_stepped(turn: Turn, event: Stepped) -> None:
     complete = len(stepped) == cluster.rules.world_size
     if complete and event.rank not in cluster.stepped:
         turn.note("first_step", generation=event.generation, step=event.step)
-    turn.set(stepped=stepped, progressed=turn.now)
-    if cluster.ahead_since < 0 and event.step > cluster.safe_step:
+    turn.set(stepped=stepped, progressed=turn.now, step_s=event.step_s)
+    every = cluster.rules.snapshot_every
+    if cluster.ahead_since < 0 and event.step // every * every > cluster.safe_step:
         turn.set(ahead_since=turn.now)
     if complete and cluster.fruitless and min(stepped.values()) > cluster.furthest:
         turn.set(fruitless=0)  # further than ever: the next failure is a new one. A step done again proves nothing
@@ -314,6 +315,9 @@ def _on_pulled(turn: Turn, event: Copied) -> None:
     if pull.generation != cluster.generation and (cluster.plan is None or event.step > cluster.plan.step):
         return  # of a history that was abandoned
     _take_copy(turn, event, pull.origin)
+    if event.ok and event.hurry != turn.cluster.members[event.node].hurry:
+        turn.set_member(event.node, hurry=event.hurry)
+        turn.note("hurry", target=event.node, reason=event.hurry)
     if event.reason in ("deadline", "gone"):  # gone: so says a coordinator before this one
         turn.note("host_lost", target=event.source, reason="nobody can read from it")
         turn.shun_host(event.source)

@@ -145,7 +145,8 @@ class Sealed(Event):
 class Copied(Event):
     """The end of a Pull or a Load: `rank`'s snapshot now lies verified in (area, half), or it does not.
 
-    `source` and `generation` are those of the order; a Load has no source.
+    `source` and `generation` are those of the order; a Load has no source. `hurry`: why a Pull that had patience did
+    not keep to the idle spans of the network; "" = it did, or none are known.
     """
 
     generation: int
@@ -159,6 +160,7 @@ class Copied(Event):
     ok: bool
     reason: str
     seconds: float
+    hurry: str = ""
 
 
 @dataclass(frozen=True)
@@ -300,6 +302,31 @@ class Written(Event):
 
 
 @dataclass(frozen=True)
+class Profiled(Event):
+    """From the worker, and on to the window host: what some steps up to `step` had in common, times in seconds.
+
+    `spans_s`: the mean idle time of the network before each collective of a step; `spread`: their normalized standard
+    deviation. `stamps`: the collectives of step `step` as (begin, end, bytes) by the node's monotonic clock, when they
+    are to be logged.
+    """
+
+    rank: int
+    step: int
+    step_s: float
+    spans_s: tuple[float, ...]
+    spread: float
+    stamps: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Reads(Event):
+    """From the window host to its agent: what it read while the collectives of `step` ran, in the same form."""
+
+    step: int
+    stamps: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
 class NodeUp(Event):
     """To the cluster, and on to all agents: the agent of `node` listens at `endpoint`. A lost one is back by this."""
 
@@ -360,7 +387,8 @@ class Abort(Command):
 class Pull(Command):
     """Read `rank`'s snapshot from MPI rank `target` of `world` into (area, half) and verify it against `checksum`.
 
-    `origin` is the generation in which the snapshot was taken, `generation` that of the order.
+    `origin` is the generation in which the snapshot was taken, `generation` that of the order. For `patience_s` it may
+    wait for idle spans of the network; after that it has `deadline_s`.
     """
 
     generation: int
@@ -377,6 +405,7 @@ class Pull(Command):
     nbytes: int
     checksum: int
     deadline_s: float
+    patience_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -202,6 +202,7 @@ def _pull(turn: Turn, want: Missing) -> bool:
         nbytes=want.copy.nbytes,
         checksum=want.copy.checksum,
         deadline_s=cluster.rules.fetch_s,
+        patience_s=cluster.patience_s() if cluster.phase is Phase.RUNNING else 0.0,
     )
     turn.order(pull)
     turn.set(pulls={**cluster.pulls, want.holder: pull}, pull_since={**cluster.pull_since, want.holder: turn.now})
@@ -250,7 +251,7 @@ def _watch_replication(turn: Turn) -> None:
     The cause may be a window host that does not seal what was written, and nobody may be there to read from it.
     """
     cluster, rules = turn.cluster, turn.cluster.rules
-    if not 0 <= cluster.ahead_since < turn.now - rules.fetch_s - rules.suspect_s:
+    if not 0 <= cluster.ahead_since < turn.now - rules.fetch_s - rules.suspect_s - cluster.patience_s():
         return
     turn.set(ahead_since=turn.now)
     assert cluster.plan is not None

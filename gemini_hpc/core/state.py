@@ -21,7 +21,9 @@ class Rules:
     placement: Form
     domains: Domains  # nodes that are lost together
     total_steps: int
+    snapshot_every: int  # steps
     persist_every: int
+    patient: bool  # replicas are read in the idle spans of the network
     heartbeat_timeout_s: float
     suspect_s: float
     leave_s: float
@@ -82,6 +84,7 @@ class Member:
     votes: bool = True  # it can elect another coordinator
     deaf: bool = False  # it could not read a snapshot that it was to restore
     drains: bool = False  # Slurm wants to take it away
+    hurry: str = ""  # why its window host does not keep to the idle spans of the network
     failed_writes: int = 0  # to the persistent tier, in a row
 
     @property
@@ -158,6 +161,9 @@ class World:
     without_since: float = -1.0  # since when it is ready but some living node has no host in it
 
 
+PATIENCE_STEPS = 20
+"""A snapshot that would take the idle spans of more steps is read whenever it can be."""
+
 Copies = Mapping[tuple[int, int], Mapping[str, Copy]]
 """(rank, step) -> node -> the verified copy there."""
 
@@ -182,6 +188,7 @@ class Cluster:
     fetched: frozenset[int] = frozenset()  # ranks whose snapshot of the plan's step lies in their own arena
     resumed: frozenset[int] = frozenset()
     stepped: Mapping[int, int] = field(default_factory=dict)  # rank -> newest step done in this generation
+    step_s: float = 0.0  # how long the newest step took
     progressed: float = -1.0  # when a rank last did a step, or all had resumed
     done_since: float = -1.0  # all ranks have done the last step
     ahead_since: float = -1.0  # some rank has been beyond the safe step
@@ -217,6 +224,10 @@ class Cluster:
     next_persist: int = 0
     published: Checkpoint | None = None
     outcome: str = ""
+
+    def patience_s(self) -> float:
+        """Return for how long a replica may wait for idle spans of the network."""
+        return PATIENCE_STEPS * self.step_s if self.rules.patient else 0.0
 
     def all_stepped(self) -> int:
         """The newest step that all ranks have done in this generation; FRESH: none."""

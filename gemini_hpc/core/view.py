@@ -45,6 +45,7 @@ def _node(cluster: Cluster, member: Member, now: float) -> dict[str, Any]:
         "worker": member.worker.value if member.alive else None,
         "suspected_for": sorted(member.evidence),
         "avoided_for": _why_avoided(member),
+        "hurry": member.hurry,
         "heard_s_ago": round(now - member.heard, 2) if member.heard >= 0 else None,
         "restarts": member.restarts,
     }

@@ -18,8 +18,8 @@ def keep(turn: Turn) -> None:
     rules, world = turn.cluster.rules, turn.cluster.world
     if world.state == "starting" and turn.now - world.since > rules.world_s:
         turn.world_lost(world.number, f"not ready after {rules.world_s:.0f} s")
-    for holder in turn.cluster.pulls:
-        if turn.now - turn.cluster.pull_since[holder] > rules.fetch_s + rules.suspect_s:
+    for holder, pull in turn.cluster.pulls.items():
+        if turn.now - turn.cluster.pull_since[holder] > pull.patience_s + rules.fetch_s + rules.suspect_s:
             turn.note("host_lost", target=holder, reason="it does not answer")
             turn.shun_host(holder)
     if turn.cluster.world.state == "ready":

@@ -18,6 +18,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from gemini_hpc.engine import gloo
 from gemini_hpc.engine.store import StoreClient, StoreServer
+from gemini_hpc.engine.traffic import Traffic, nbytes_of
 from gemini_hpc.errors import UserError
 
 BACKEND = "elastic"
@@ -58,8 +59,9 @@ _DELEGATED = [
 class ElasticGroup(ProcessGroup):
     """A process group of fixed size whose rank and inner group may change between collectives."""
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int, size: int, traffic: Traffic) -> None:
         super().__init__(rank, size)
+        self.traffic = traffic
         self._elastic_rank = rank
         self._elastic_size = size
         self.inner: gloo.Group | ProcessGroup = _fake_group(rank, size)
@@ -86,7 +88,11 @@ class ElasticGroup(ProcessGroup):
 
 def _delegate(name: str) -> Any:
     def call(self: ElasticGroup, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.inner, name)(*args, **kwargs)
+        began = time.monotonic()
+        work = getattr(self.inner, name)(*args, **kwargs)
+        if isinstance(work, gloo.Work):
+            self.traffic.stamp(work, began, nbytes_of(args))
+        return work
 
     call.__name__ = name
     return call
@@ -106,6 +112,7 @@ class ElasticWorld:
         self._address = address
         self._timeout = datetime.timedelta(seconds=timeout_s)
         self._groups: list[ElasticGroup] = []
+        self.traffic = Traffic()
         self._lock = threading.Lock()
         self._device: gloo.Device | None = None
         self._own_store: StoreServer | None = None
@@ -122,7 +129,7 @@ class ElasticWorld:
                 f"DeepSpeed asks for a group of {options.group_size} of {self.size} ranks, which cannot be exchanged; "
                 "leave hpZ, expert, tensor and sequence parallelism out of train.deepspeed"
             )
-        group = ElasticGroup(options.group_rank, options.group_size)
+        group = ElasticGroup(options.group_rank, options.group_size, self.traffic)
         self._groups.append(group)
         return group
 
@@ -175,6 +182,7 @@ class ElasticWorld:
         # gloo's destructor waits for its threads, of which one may sleep until its timeout
         threading.Thread(target=old.clear, daemon=True).start()
         self._settle()
+        self.traffic.reset()
         if self._store is not None:
             self._store.close()
             self._store = None

@@ -171,6 +171,17 @@ class Work:
     def is_completed(self) -> bool:
         return all(part.is_completed() for part in self._parts)
 
+    def when_done(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called when all parts are done or failed, by a thread of gloo's; never if it sleeps on."""
+        left = list(range(len(self._parts)))
+
+        def one_done(_: Any) -> None:
+            if left.pop() == 0:
+                callback()
+
+        for part in self._parts:
+            part.get_future().add_done_callback(one_done)
+
 
 def shut(sockets: Sockets) -> None:
     """Shut those that are still open, which wakes gloo."""

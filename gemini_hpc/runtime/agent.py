@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from math import inf
 
 import zmq
 
@@ -32,6 +33,8 @@ from gemini_hpc.core.messages import (
     NodeDrains,
     NodeExited,
     NodeUp,
+    Profiled,
+    Reads,
     RequestVote,
     RestartWorker,
     Retire,
@@ -94,6 +97,7 @@ class Agent:
         self._started = self._last_round = time.monotonic()
         self._said_again = self._started
         self._told_tally = replace(self._wire.tally)
+        self._profile: Profiled | None = None  # of the worker's steps, for another window host
         self._stopped_since = 0.0  # since when the worker does not run, because of a signal
         self._worker_starts = 0
         self._last_words = ""  # why the worker is about to exit
@@ -263,6 +267,9 @@ class Agent:
 
     def _start_worker(self) -> None:
         self._ready = None
+        self._profile = None
+        if self._arena is not None:
+            self._arena.idle_until = inf
         self._last_words, self._final = "", False
         self._stopped_since = 0.0
         self._account.worker = "building"
@@ -293,6 +300,8 @@ class Agent:
                 self._hear(news)
 
     def _lose_worker(self, reason: str) -> None:
+        if self._arena is not None:
+            self._arena.idle_until = inf  # it uses the network no more
         self._report(WorkerLost(self._node, reason, self._final))
 
     def _report(self, event: Event) -> None:
@@ -323,6 +332,9 @@ class Agent:
             self._remind_host()
         elif isinstance(message, Stepped):
             self._log_step(message)
+        elif isinstance(message, (Profiled, Reads)):
+            self._log_traffic(message)
+            return
         self._archiving.answered(message)
         if isinstance(message, Event):
             self._report(message)
@@ -332,6 +344,19 @@ class Agent:
         for half in (0, 1):
             if self._arena is not None and self._arena.record(OWN, half).state in (State.WRITTEN, State.SEALED):
                 self._household.send("host", Written(self._node, half))
+        if self._profile is not None:
+            self._household.send("host", self._profile)
+
+    def _log_traffic(self, message: Profiled | Reads) -> None:
+        """Training's use of the network and the window host's, in seconds since the step began."""
+        if isinstance(message, Profiled):
+            self._household.send("host", message)
+            self._profile = replace(message, stamps=())
+            fields = {"step_s": message.step_s, "idle_s": sum(message.spans_s), "spread": message.spread}
+            if message.stamps:
+                self._events.emit("collectives", step=message.step, rank=message.rank, stamps=message.stamps, **fields)
+        else:
+            self._events.emit("reads", step=message.step, stamps=message.stamps)
 
     def _log_step(self, message: Stepped) -> None:
         self._events.emit(

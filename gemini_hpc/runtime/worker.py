@@ -24,6 +24,7 @@ from gemini_hpc.core.messages import (  # noqa: E402
     Hello,
     Join,
     Parked,
+    Profiled,
     Resumed,
     Stepped,
     Trouble,
@@ -138,7 +139,9 @@ class Worker:
     def _enter(self, join: Join) -> None:
         """Become `join.rank` in a new group, with the state after `join.step`."""
         start = time.monotonic()
-        self._arena = self._arena or Arena.open(self._paths.arena(self._node))
+        if self._arena is None:
+            self._arena = arena = Arena.open(self._paths.arena(self._node))
+            self._world.traffic.attach(lambda until: setattr(arena, "idle_until", until))
         if join.step != FRESH:
             self._verify(self._arena, join)
         rung = self._prepare_engine(join)
@@ -207,8 +210,10 @@ class Worker:
         for step in range(max(join.step, 0) + 1, total + 1):
             start = time.monotonic()
             self._drills.arm(step, join.rank, self._built.engine)
-            strict = self._run.protect.strict
-            wait = step == total or strict
+            self._tell_profile(join.rank, step - 1)
+            blocking = self._run.protect.mode == "blocking"
+            wait = step == total or blocking
+            due = wait or step % self._run.protect.snapshot_every == 0
             votes: list[Callable[[], bool]] = []
             loss = train_step(
                 self._built.engine,
@@ -216,18 +221,26 @@ class Worker:
                 seed,
                 step,
                 join.rank,
-                before_update=lambda wait=wait, votes=votes: votes.append(self._vote(wait)),
+                before_update=lambda wait=wait, votes=votes, due=due: votes.append(self._vote(wait)) if due else None,
             )
             if not self._run.train.allow_nan:
                 self._refuse_not_finite(loss, step, join)
-            snapshot_s = self._snapshot(step, loss, join, votes[0], wait)
-            if strict:
+            snapshot_s = self._snapshot(step, loss, join, votes[0], wait) if due else -1.0
+            if blocking:
                 self._wait_until_safe(LATE_S)
             step_s = time.monotonic() - start
             self._channel.send(Stepped(self._node, join.generation, join.rank, step, loss, step_s, snapshot_s))
-            if strict:  # where replication fails the coordinator has a checkpoint written: that is safe, too
+            if blocking:  # where replication fails the coordinator has a checkpoint written: that is safe, too
                 self._wait_until_safe(inf)
             self._drills.strike_at("after", step, join.rank)
+
+    def _tell_profile(self, rank: int, done: int) -> None:
+        """The next step begins, `done` is over."""
+        made = self._world.traffic.begin_step()
+        if made is not None:
+            profile, stamps = made
+            message = Profiled(self._node, rank, done, profile.step_s, profile.spans_s, profile.spread, tuple(stamps))
+            self._channel.send(message)
 
     def _refuse_not_finite(self, loss: float, step: int, join: Join) -> None:
         """Take back a step with a number that is not finite: no snapshot of it may ever be restored.

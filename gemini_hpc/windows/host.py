@@ -28,8 +28,9 @@ import xxhash
 
 from gemini_hpc.arena import OWN, Arena, Record, State
 from gemini_hpc.core.codec import Message, decode
-from gemini_hpc.core.messages import Copied, Gone, Hello, HostReady, Pull, Sealed, Written
+from gemini_hpc.core.messages import Copied, Gone, Hello, HostReady, Profiled, Pull, Reads, Sealed, Written
 from gemini_hpc.errors import GeminiError
+from gemini_hpc.windows.pace import Pace
 
 mpi4py.rc.initialize = False  # the agent must know this process before MPI can hang in its start-up
 mpi4py.rc.finalize = False
@@ -37,7 +38,7 @@ mpi4py.rc.finalize = False
 from mpi4py import MPI  # noqa: E402
 
 READ_BYTES = 16 << 20
-"""One read. Smaller ones are slower, and each is a moment at which the death of the puller can hurt its source."""
+"""The largest read. Smaller ones are slower, and in each the death of the puller can hurt its source."""
 
 PIECE_BYTES = 256 << 10
 """Copied and hashed, within the processor's cache (about 50 us), between two looks at the transport."""
@@ -51,6 +52,8 @@ NAME_BYTES = 256
 
 IDLE_POLL_S = 0.010
 SERVE_POLL_S = 0.001
+SPAN_POLL_S = 0.0005
+"""How often a read that waits for an idle span looks whether one has begun."""
 
 Job = Iterator[bool]
 """Work in pieces: yields whether it can go on at once (else it waits for the transport)."""
@@ -95,7 +98,8 @@ class Host:
         self.window = MPI.Win.Create(arena.buffer, 1, comm=self.comm)
         self.window.Set_errhandler(MPI.ERRORS_RETURN)
         self.window.Lock_all(MPI.MODE_NOCHECK)
-        self._connect()
+        self.pace = Pace(lambda: arena.idle_until, READ_BYTES, self._connect())
+        self.waits_for_span = False
         self.comm.Barrier()
         self.transport_fds = _transport_fds()
         self.wakeups = select.poll()
@@ -114,12 +118,19 @@ class Host:
         pieces = (names[start : start + NAME_BYTES] for start in range(0, len(names), NAME_BYTES))
         return tuple(piece.rstrip(b"\0").decode() for piece in pieces)
 
-    def _connect(self) -> None:
-        """Read one byte of every other rank: a read that waits for its connection cannot outlive its source."""
-        byte = bytearray(1)
+    def _connect(self) -> float:
+        """Read one byte of every other rank: a read that waits for its connection cannot outlive its source.
+
+        Return the seconds that the least read takes.
+        """
+        byte, least_s = bytearray(1), 0.0
         for distance in range(1, self.comm.size):
             target = (self.comm.rank + distance) % self.comm.size
-            self.window.Rget([byte, 1, MPI.BYTE], target, [0, 1, MPI.BYTE]).Wait()
+            for _ in ("connects", "does not"):
+                began = time.monotonic()
+                self.window.Rget([byte, 1, MPI.BYTE], target, [0, 1, MPI.BYTE]).Wait()
+                least_s = time.monotonic() - began
+        return least_s
 
     def run(self) -> None:
         while True:
@@ -145,6 +156,8 @@ class Host:
         UCX's TCP has an epoll descriptor, which wakes this process at once, whether it pulls or serves. Without it
         (shared memory, InfiniBand, Open MPI) a pull has to spin: sleeping between tests costs two thirds of its speed.
         """
+        if self.waits_for_span:
+            return SPAN_POLL_S
         if self.transport_fds:
             return IDLE_POLL_S
         if self.pulls:
@@ -159,6 +172,11 @@ class Host:
             self.pulls.append(self._pull(order, time.monotonic()))
         elif isinstance(order, Gone):
             self.gone.update(order.targets)
+        elif isinstance(order, Profiled):
+            self.pace.heed(order)
+            if order.stamps:
+                reads = self.pace.reads_between(order.stamps[0][0], order.stamps[-1][1])
+                self.agent.send(Reads(self.node, order.step, reads))
 
     def _seal(self, half: int) -> Job:
         """Compute the checksum of a half of the own area and mark it SEALED; a sealed one is only reported."""
@@ -188,25 +206,26 @@ class Host:
         """
         area, half, nbytes = order.area, order.half, order.nbytes
         wanted = Record(State.SEALED, order.rank, order.step, order.origin, nbytes, order.checksum)
-        reason = ""
+        reason, (patience_s, hurry) = "", self.pace.patience_s(nbytes, order.patience_s)
         if self.arena.record(area, half) != wanted or (yield from self._checksum(area, half, nbytes)) != order.checksum:
             self.arena.write_record(area, half, wanted._replace(state=State.WRITING, checksum=0))
             try:
-                yield from self._read(order, ordered + order.deadline_s)
+                yield from self._read(order, ordered + patience_s, ordered + patience_s + order.deadline_s)
             except GeminiError as failure:
                 reason = str(failure)
             except MPI.Exception as failure:
                 reason = failure.Get_error_string().splitlines()[-1].strip()
             self.arena.write_record(area, half, Record() if reason else wanted)
         at = (order.generation, order.rank, order.step, order.source, area, half, nbytes, order.checksum)
-        self.agent.send(Copied(self.node, *at, not reason, reason, time.monotonic() - ordered))
+        self.agent.send(Copied(self.node, *at, not reason, reason, time.monotonic() - ordered, hurry))
         if len(self.reads) > ABANDONED_READS_MAX:
             raise PullFailed(f"{len(self.reads)} reads abandoned")
 
-    def _read(self, order: Pull, deadline: float) -> Job:
+    def _read(self, order: Pull, patient_until: float, deadline: float) -> Job:
         """Read the source half, one outstanding read at a time, and store what arrived while the next one travels.
 
-        Raise PullFailed when what arrived is not what was ordered.
+        Each read fits into an idle span, until patience is over. Raise PullFailed when what arrived is not what was
+        ordered.
 
         The bytes land in a buffer of their own first: an abandoned read may still complete later, and must not
         write into a half that holds something else by then.
@@ -218,19 +237,29 @@ class Host:
         source = geometry.payload_offset(order.source_area, order.source_half)
         payload = self.arena.payload(order.area, order.half)[: order.nbytes]
         stored: Job = iter(())
-        for start in range(0, len(payload), READ_BYTES):
-            place = payload[start : start + READ_BYTES]
+        start = 0
+        while start < len(payload):
             self._check(order.target, deadline)
+            size = self.pace.size(len(payload) - start, patient_until)
+            if not size:
+                self.waits_for_span = True
+                yield next(stored, False)
+                continue
+            self.waits_for_span = False
+            place = payload[start : start + size]
             buffer = self.free_buffers.pop() if self.free_buffers else bytearray(READ_BYTES)
             remote = [source + start, len(place), MPI.BYTE]
+            began = time.monotonic()
             request = self.window.Rget([buffer, len(place), MPI.BYTE], order.target, remote)
             self.reads.append((request, buffer))
-            yield from stored
             while not request.Test():
-                yield False
+                yield next(stored, False)
                 self._check(order.target, deadline)
             self.reads.pop()
+            self.pace.took(size, began, time.monotonic())
+            yield from stored
             stored = self._store(place, buffer, digest)
+            start += size
         yield from stored
         if digest.intdigest() != order.checksum:
             raise PullFailed("checksum")

@@ -22,7 +22,7 @@ train: {steps: %d, seed: 1, micro_batch: 4, grad_accum: 1, precision: bf16}
 model: {family: gpt2, preset: small, seq_len: 128}
 data: {source: text, path: null}
 cluster: {nodes: 4, spares: 1}
-protect: {replicas: 2, strict: false, persist_every: 40, keep: 3}
+protect: {replicas: 2, mode: interleaved, persist_every: 40, keep: 3}
 site: {kind: local}
 """
 

@@ -19,7 +19,7 @@ AGENT = "gemini_hpc.runtime.agent"
 
 def start_strict(place: Path, *settings: str, spares: int = 2) -> Run:
     """Three ranks, of which none runs ahead of what is safe."""
-    return start(place, "protect.strict=true", *settings, spares=spares)
+    return start(place, "protect.mode=blocking", *settings, spares=spares)
 
 
 def coordinator(run: Run) -> str:

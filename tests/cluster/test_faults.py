@@ -146,7 +146,7 @@ def test_the_users_code_raises_once_is_nan_once_and_eats_all_memory_once(
     tmp_path: Path, matrix: Matrix, references: References
 ) -> None:
     """Each costs the worker concerned, which is started again; the step with the NaN is taken back."""
-    with start(tmp_path, "protect.strict=true", trouble=ONCE) as run:
+    with start(tmp_path, "protect.mode=blocking", trouble=ONCE) as run:
         greedy = tmp_path / "greedy"
         until(lambda: greedy.exists() and greedy.read_text(), "step 30", START_S)
         with memory_limited(int(greedy.read_text())) as means:
@@ -204,7 +204,7 @@ def add_to(training):
 
 
 def test_a_training_that_diverges_is_stopped(tmp_path: Path, matrix: Matrix) -> None:
-    with start(tmp_path, "protect.strict=true", trouble=ALWAYS_NAN) as run:
+    with start(tmp_path, "protect.mode=blocking", trouble=ALWAYS_NAN) as run:
         run.wait_for_end(1)
         (first, *_) = run.events("evict")
         assert "the loss is nan in step 10 (rank 1); the step is taken back" in first["reason"]
@@ -621,7 +621,7 @@ def test_a_window_host_hangs_and_no_step_may_be_lost(
     tmp_path: Path, matrix: Matrix, references: References, replicas: int
 ) -> None:
     """With protect.strict all wait until it is found out; no worker is to blame."""
-    settings = ("protect.strict=true", f"protect.replicas={replicas}", "recovery.fetch_s=3")
+    settings = ("protect.mode=blocking", f"protect.replicas={replicas}", "recovery.fetch_s=3")
     with start(tmp_path, *settings) as run:
         run.wait_for_training(step=4)
         struck = time.time()

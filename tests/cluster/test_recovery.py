@@ -14,7 +14,7 @@ from tests.cluster.runs import Run, drill, drills, reference_losses
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 STEPS = 24
-THREE = ("cluster.nodes=3", f"train.steps={STEPS}", "protect.strict=true")  # strict: safe from the first step on
+THREE = ("cluster.nodes=3", f"train.steps={STEPS}", "protect.mode=blocking")  # strict: safe from the first step on
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "01_run_report.ipynb"
 
 Reference = Mapping[tuple[int, int], bytes]
@@ -144,7 +144,7 @@ def test_holders_are_in_different_racks_before_a_loss_and_after(tmp_path: Path, 
     """
     racks = "site.failure_domains={left: 'node0,node1,node2,node6', right: 'node3,node4,node5,node7'}"
     lost = drills([drill(8, 3, action="kill_node")])
-    shape = ("cluster.nodes=5", "cluster.spares=3", f"train.steps={STEPS}", "protect.strict=true", "verify=false")
+    shape = ("cluster.nodes=5", "cluster.spares=3", f"train.steps={STEPS}", "protect.mode=blocking", "verify=false")
     with Run(tmp_path, *shape, f"protect.placement={form}", racks, lost) as run:
         run.wait_for_end(timeout_s=300)
         ranks = {node["rank"]: node["node"] for node in run.status["nodes"] if node["rank"] is not None}
