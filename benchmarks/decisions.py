@@ -42,7 +42,14 @@ class Model:
         bounds = {"heartbeat_timeout_s": 60.0, "suspect_s": 5.0, "leave_s": 60.0, "build_s": 600.0, "takeover_s": 60.0}
         reads = {"fetch_s": 60.0, "gather_s": 60.0, "join_s": 60.0, "world_s": 60.0, "finish_s": 60.0}
         bounds["progress_s"] = 60.0
-        shape = {"total_steps": 1000, "persist_every": 100, "max_restarts": 3, "max_fruitless": 3}
+        shape = {
+            "total_steps": 1000,
+            "snapshot_every": 1,
+            "persist_every": 100,
+            "patient": True,
+            "max_restarts": 3,
+            "max_fruitless": 3,
+        }
         rules = Rules(
             nodes, world_size=self.ranks, replicas=REPLICAS, placement="mixed", domains={}, **bounds, **reads, **shape
         )

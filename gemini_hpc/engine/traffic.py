@@ -94,6 +94,7 @@ class Traffic:
         with self._lock:
             before, self._step = self._step, _Step(now, [], [])
             if before is None:
+                self._idle_since = now  # what was before is no part of a step
                 return None
             if self._window and len(self._window[-1].stamps) != len(before.stamps):
                 self._window.clear()

@@ -99,7 +99,9 @@ class Host:
         stalled |= not source.up and order.target not in self.gone and sim.chance(0.5)  # MPI may say so, or hang
         seen = source.arena.get((order.source_area, order.source_half))
         self.reads += 1
-        sim.after(order.deadline_s if stalled else sim.some(sim.pull_s), self._end, self.reads, order, source, seen)
+        waits_s = min(sim.some(order.patience_s), order.patience_s) if order.patience_s else 0.0  # for idle spans
+        takes_s = order.deadline_s if stalled else sim.some(sim.pull_s)
+        sim.after(waits_s + takes_s, self._end, self.reads, order, source, seen)
 
     def _end(self, read: int, order: m.Pull, source: "Node", seen: Content | None) -> None:
         """The bytes are verified against the order; MPI's word counts for nothing."""

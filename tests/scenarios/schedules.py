@@ -61,6 +61,7 @@ class Schedule:
     bad_reads: float = 0.0
     delay_s: float = 0.001  # of a message
     placement: Form = "mixed"
+    mode: str = "immediate"  # protect.mode
 
     def nodes(self) -> tuple[str, ...]:
         return tuple(f"n{i}" for i in range(self.shape[0] + self.shape[1]))
@@ -273,6 +274,7 @@ def schedule_of(seed: int) -> Schedule:
         bad_reads=draw.choice((0.0, 0.0, 0.05)) if sort in ("data", "crashes") else 0.0,
         delay_s=draw.choice((0.001, 0.001, 0.02, 0.1)) if sort not in ("single", "data") else 0.001,
         placement=draw.choice(FORMS),
+        mode=draw.choice(("interleaved", "immediate", "off")),
     )
 
 
@@ -285,7 +287,9 @@ def play(schedule: Schedule, log: Callable[[Simulation, str], None] | None = Non
         replicas=replicas,
         placement=schedule.placement,
         total_steps=schedule.steps,
+        snapshot_every=schedule.persist_every if schedule.mode == "off" else 1,
         persist_every=schedule.persist_every,
+        patient=schedule.mode == "interleaved",
     )
 
     def prepare(sim: Simulation) -> None:

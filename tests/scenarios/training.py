@@ -177,15 +177,16 @@ class Group:
         if not self.intact("training") or any(w.stuck for w in self.members.values()):
             self._train()  # fails there
             return
-        agreed = all(worker.is_safe() for worker in self.members.values())
         last = self.step == self.sim.rules.total_steps
+        due = self.step % self.sim.rules.snapshot_every == 0
+        agreed = due and all(worker.is_safe() for worker in self.members.values())
         if last and not agreed and self.sim.now < deadline:
             self.sim.after(0.05, self._finish_step, deadline)
             return
         if agreed or last:
             self._snapshot()
         for rank, worker in self.members.items():
-            told = (self.join.generation, rank, self.step, 1.0, 0.1, 0.0)
+            told = (self.join.generation, rank, self.step, 1.0, self.sim.step_s, 0.0)
             worker.node.from_child(m.Stepped(worker.node.name, *told))
         self.sim.after(self.sim.some(self.sim.step_s), self._train)
 
