@@ -133,6 +133,27 @@ def memory(frame: pd.DataFrame, lost: Collection[str] = (), stored_bytes: int = 
     return figure
 
 
+def traffic(frame: pd.DataFrame) -> go.Figure:
+    """Collectives of training, and reads of replicas, on one axis of time: one step of each node (`frames.traffic`)."""
+    figure = _figure("milliseconds since the first collective of the step", "")
+    lanes = [f"{node} {who}" for node in frame["node"].unique() for who in ("training", "replicas")]
+    for who, color in (("training", LINE), ("replicas", LOST)):
+        rows = frame[frame["what"] == who]
+        figure.add_bar(
+            orientation="h",
+            y=rows["node"] + f" {who}",
+            base=rows["begin_ms"],
+            x=rows["end_ms"] - rows["begin_ms"],
+            name={"training": "collectives of training", "replicas": "reads of replicas"}[who],
+            marker={"color": color, "line_width": 0},
+            customdata=rows["bytes"] / 1e6,
+            hovertemplate="%{x:.1f} ms, %{customdata:.2f} MB<extra></extra>",
+        )
+    figure.update_yaxes(categoryorder="array", categoryarray=lanes[::-1], showgrid=False)
+    figure.update_layout(barmode="overlay", bargap=0.3, hovermode="closest", height=130 + 22 * len(lanes))
+    return figure
+
+
 def recovery(item: Recovery) -> go.Figure:
     """One recovery as a Gantt chart, in milliseconds from its start."""
     figure = _figure("milliseconds since the fault" if item.action else "milliseconds since the first suspicion", "")

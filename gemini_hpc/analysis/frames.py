@@ -26,6 +26,14 @@ _MEMORY = {
     "peer_bytes": "float64",
     "persistent_bytes": "float64",
 }
+_TRAFFIC = {
+    "node": "object",
+    "step": "int64",
+    "what": "object",
+    "begin_ms": "float64",
+    "end_ms": "float64",
+    "bytes": "float64",
+}
 _REFERENCE = {"rank": "int64", "step": "int64", "loss": "float64"}
 
 
@@ -48,6 +56,35 @@ def final_steps(frame: pd.DataFrame) -> pd.DataFrame:
 def memory(events: Iterable[Event]) -> pd.DataFrame:
     """One row per report of a node: what it holds, in bytes per tier."""
     return _frame((e for e in events if e["kind"] == "memory"), _MEMORY)
+
+
+def traffic(events: Iterable[Event]) -> pd.DataFrame:
+    """One row per collective and per read of a replica in the newest step of which each node told both.
+
+    `what` is "training" or "replicas"; times in milliseconds since the first collective of the node in that step.
+    """
+    told: dict[str, dict[int, dict[str, Event]]] = {}
+    for event in events:
+        if event["kind"] in ("collectives", "reads") and event["stamps"]:
+            told.setdefault(event["node"], {}).setdefault(event["step"], {})[event["kind"]] = event
+    rows = []
+    for node, steps_told in sorted(told.items()):
+        both = {step: kinds for step, kinds in steps_told.items() if len(kinds) == 2}
+        for kind, event in both[max(both)].items() if both else ():
+            origin = both[max(both)]["collectives"]["stamps"][0][0]
+            what = "training" if kind == "collectives" else "replicas"
+            rows += [
+                {
+                    "node": node,
+                    "step": event["step"],
+                    "what": what,
+                    "begin_ms": (begin - origin) * 1e3,
+                    "end_ms": (end - origin) * 1e3,
+                    "bytes": nbytes,
+                }
+                for begin, end, nbytes in event["stamps"]
+            ]
+    return _frame(rows, _TRAFFIC)
 
 
 def reference(lines: Iterable[Event]) -> pd.DataFrame:

@@ -86,6 +86,34 @@ def test_memory_in_the_unit_that_fits() -> None:
     assert figure.layout.yaxis.title.text == "GB" and figure.data[0].y[0] == 40
 
 
+PROFILE = {"step_s": 1.0, "idle_s": 0.25, "spread": 0.1}
+TRAFFIC = [
+    {"t": 1.0, "node": "n0", "kind": "collectives", "step": 20, "rank": 0, "stamps": [[5.0, 5.1, 8]], **PROFILE},
+    {
+        "t": 2.0,
+        "node": "n0",
+        "kind": "collectives",
+        "step": 40,
+        "rank": 0,
+        "stamps": [[7.0, 7.1, 8], [7.3, 7.4, 9]],
+        **PROFILE,
+    },
+    {"t": 2.1, "node": "n0", "kind": "reads", "step": 40, "stamps": [[7.15, 7.25, 1000]]},
+    {"t": 3.0, "node": "n1", "kind": "collectives", "step": 60, "rank": 1, "stamps": [[9.0, 9.1, 8]], **PROFILE},
+    {"t": 3.1, "node": "n1", "kind": "reads", "step": 60, "stamps": []},
+]
+
+
+def test_traffic_of_training_and_of_replicas_is_on_one_axis() -> None:
+    """Of the newest step of which a node told both."""
+    frame = frames.traffic(TRAFFIC)
+    assert list(frame["what"]) == ["training", "training", "replicas"]
+    assert list(frame["begin_ms"].round(3)) == [0.0, 300.0, 150.0]
+    figure = figures.traffic(frame)
+    assert list(trace(figure, "reads of replicas").x.round(3)) == [100.0]
+    assert list(figure.layout.yaxis.categoryarray) == ["n0 replicas", "n0 training"]
+
+
 def test_the_recovery_figure_has_every_phase_in_its_place() -> None:
     item = timeline.recoveries(EVENTS)[0]
     figure = figures.recovery(item)
