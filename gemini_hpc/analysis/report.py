@@ -245,7 +245,7 @@ def _idle(events: Sequence[Event]) -> str:
     share = last["idle_s"] / last["step_s"] if last["step_s"] else 0.0
     return (
         f"Training leaves the network idle for {share:.0%} of a step of {number(last['step_s'] * 1e3)} ms (its spans"
-        f" vary by {last['spread']:.0%}); that is when replicas are read (protect.mode=interleaved)."
+        f" vary by {last['spread']:.0%}); that is when replicas are read."
     )
 
 

@@ -82,8 +82,8 @@ class ProtectConfig(Section):
     """copies of every snapshot in the memory of different nodes, the owner's own included"""
     placement: Form = "mixed"
     """who holds them where replicas do not divide the nodes: mixed (the paper's), ring, overlap or full_tail"""
-    mode: Literal["interleaved", "immediate", "blocking", "off"] = "interleaved"
-    """when replicas are made: interleaved (while training leaves the network idle), immediate, blocking (training waits
+    mode: Literal["immediate", "interleaved", "blocking", "off"] = "immediate"
+    """when replicas are made: immediate, interleaved (while training leaves the network idle), blocking (training waits
     in every step until its snapshot is safe: a failure costs the step in flight alone), or off (of the steps that are
     written to the persistent tier alone)"""
     persist_every: int = Field(40, ge=1)

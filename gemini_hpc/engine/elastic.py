@@ -90,7 +90,7 @@ def _delegate(name: str) -> Any:
     def call(self: ElasticGroup, *args: Any, **kwargs: Any) -> Any:
         began = time.monotonic()
         work = getattr(self.inner, name)(*args, **kwargs)
-        if isinstance(work, gloo.Work):
+        if self.traffic.is_attached and isinstance(work, gloo.Work):
             self.traffic.stamp(work, began, nbytes_of(args))
         return work
 

@@ -28,6 +28,8 @@ class _Step:
 class Traffic:
     """Stamps every collective of this process, whoever calls it, and says until when the network will be idle.
 
+    From `attach` on; before, nothing is stamped.
+
     A collective belongs to the step in which it began. Between two collectives of which one begins before the other
     ended there is no idle time. Threads: autograd's and gloo's call in here, too.
     """
@@ -35,6 +37,7 @@ class Traffic:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open_gate: Callable[[float], None] = lambda until: None
+        self.is_attached = False
         self._epoch = 0
         self._under_way = 0
         self._idle_since = 0.0
@@ -47,6 +50,7 @@ class Traffic:
         """Have `open_gate(until)` told until when the network is idle: 0 while a collective runs, inf if unknown."""
         with self._lock:
             self._open_gate = open_gate
+            self.is_attached = True
             open_gate(inf)
 
     def stamp(self, work: Any, began: float, nbytes: int) -> None:
@@ -90,6 +94,8 @@ class Traffic:
 
         With the stamps of the last of them, when it is unlike the profile of which they were returned before.
         """
+        if not self.is_attached:
+            return None
         now = time.monotonic()
         with self._lock:
             before, self._step = self._step, _Step(now, [], [])

@@ -141,7 +141,8 @@ class Worker:
         start = time.monotonic()
         if self._arena is None:
             self._arena = arena = Arena.open(self._paths.arena(self._node))
-            self._world.traffic.attach(lambda until: setattr(arena, "idle_until", until))
+            if self._run.protect.mode == "interleaved":
+                self._world.traffic.attach(lambda until: setattr(arena, "idle_until", until))
         if join.step != FRESH:
             self._verify(self._arena, join)
         rung = self._prepare_engine(join)

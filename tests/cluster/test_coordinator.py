@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 AGENT = "gemini_hpc.runtime.agent"
 
 
-def start_strict(place: Path, *settings: str, spares: int = 2) -> Run:
+def start_blocking(place: Path, *settings: str, spares: int = 2) -> Run:
     """Three ranks, of which none runs ahead of what is safe."""
     return start(place, "protect.mode=blocking", *settings, spares=spares)
 
@@ -37,7 +37,7 @@ def wait_for_another(run: Run, lost: list[str]) -> str:
 @pytest.mark.faults
 def test_another_node_coordinates(tmp_path: Path, references: References, matrix: Matrix) -> None:
     """The whole node that coordinates is killed: its memory, and all its processes."""
-    with start_strict(tmp_path) as run:
+    with start_blocking(tmp_path) as run:
         run.wait_for_training(3)
         killed = call("drill", str(run.run_dir), "kill-node", coordinator(run))
         assert killed.returncode == 0, killed.stderr
@@ -61,7 +61,7 @@ def test_the_coordinators_agent_dies_in_the_middle_of_a_recovery(
     tmp_path: Path, references: References, matrix: Matrix
 ) -> None:
     """A node is lost, and as soon as the recovery is planned so is the agent that planned it."""
-    with start_strict(tmp_path, drills([drill(10, 2, "kill_node")])) as run:
+    with start_blocking(tmp_path, drills([drill(10, 2, "kill_node")])) as run:
         run.wait_for("fault", START_S)
         planned = until(lambda: run.events("plan")[1:], "the plan of a recovery", EVENT_S)[0]
         run.kill(AGENT, planned["node"])
@@ -76,7 +76,7 @@ def test_the_coordinators_agent_dies_in_the_middle_of_a_recovery(
 
 def test_one_coordinator_after_the_other(tmp_path: Path, references: References) -> None:
     """Three in a row, each killed as soon as the run is protected again."""
-    with start_strict(tmp_path, spares=3) as run:
+    with start_blocking(tmp_path, spares=3) as run:
         run.wait_for_training(3)
         lost: list[str] = []
         for _ in range(3):
@@ -90,7 +90,7 @@ def test_one_coordinator_after_the_other(tmp_path: Path, references: References)
 
 def test_a_lost_node_comes_back_and_is_a_spare(tmp_path: Path, references: References) -> None:
     """The one spare makes up for the first loss, a node that came back for the second, the coordinator's."""
-    with start_strict(tmp_path, "site.return_s=0.2", spares=1) as run:
+    with start_blocking(tmp_path, "site.return_s=0.2", spares=1) as run:
         run.wait_for_training(3)
         first = next(node for node in ("node2", "node1") if node != coordinator(run))
         run.kill(AGENT, first)
@@ -105,7 +105,7 @@ def test_a_lost_node_comes_back_and_is_a_spare(tmp_path: Path, references: Refer
 
 
 def test_a_run_that_ends_while_a_node_comes_back_ends_as_it_was_decided(tmp_path: Path) -> None:
-    with start_strict(tmp_path, "site.return_s=0", spares=0) as run:
+    with start_blocking(tmp_path, "site.return_s=0", spares=0) as run:
         run.wait_for_training(3)
         run.kill(AGENT, "node1")
         run.wait_for_end(1)
@@ -117,7 +117,7 @@ def test_a_silent_coordinator_is_replaced_and_leaves_when_it_is_back(
     tmp_path: Path, references: References, matrix: Matrix
 ) -> None:
     """Its agent is stopped: no connection breaks. Nobody acts until its lease is over; then it is too late."""
-    with start_strict(tmp_path) as run:
+    with start_blocking(tmp_path) as run:
         run.wait_for_training(3)
         silent = coordinator(run)
         (agent,) = run.pids(AGENT, silent)
@@ -142,7 +142,7 @@ def test_without_a_majority_nobody_acts_and_status_says_so(
     leader_too: bool, tmp_path: Path, references: References
 ) -> None:
     """Three of five agents stand still for some seconds, the leader among them or not; then all goes on."""
-    with start_strict(tmp_path) as run:
+    with start_blocking(tmp_path) as run:
         run.wait_for_training(3)
         leader = coordinator(run)
         others = [f"node{number}" for number in range(5) if f"node{number}" != leader]
@@ -164,7 +164,7 @@ def test_without_a_majority_nobody_acts_and_status_says_so(
 @pytest.mark.long
 def test_most_agents_are_silent_for_ever(tmp_path: Path, matrix: Matrix) -> None:
     """Nobody may lead any more, and who could has given up: the run is over, and nothing of it is left."""
-    with start_strict(tmp_path, "recovery.build_s=60", spares=0) as run:
+    with start_blocking(tmp_path, "recovery.build_s=60", spares=0) as run:
         run.wait_for_training(3)
         struck = time.time()
         for node in ("node1", "node2"):

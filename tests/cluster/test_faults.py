@@ -620,7 +620,7 @@ def test_no_window_host_starts_on_two_nodes(tmp_path: Path, matrix: Matrix, refe
 def test_a_window_host_hangs_and_no_step_may_be_lost(
     tmp_path: Path, matrix: Matrix, references: References, replicas: int
 ) -> None:
-    """With protect.strict all wait until it is found out; no worker is to blame."""
+    """With protect.mode=blocking all wait until it is found out; no worker is to blame."""
     settings = ("protect.mode=blocking", f"protect.replicas={replicas}", "recovery.fetch_s=3")
     with start(tmp_path, *settings) as run:
         run.wait_for_training(step=4)

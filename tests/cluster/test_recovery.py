@@ -14,7 +14,7 @@ from tests.cluster.runs import Run, drill, drills, reference_losses
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 STEPS = 24
-THREE = ("cluster.nodes=3", f"train.steps={STEPS}", "protect.mode=blocking")  # strict: safe from the first step on
+THREE = ("cluster.nodes=3", f"train.steps={STEPS}", "protect.mode=blocking")  # safe from the first step on
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "01_run_report.ipynb"
 
 Reference = Mapping[tuple[int, int], bytes]
@@ -57,7 +57,7 @@ def test_lost_workers_come_back_on_their_nodes(workers_lost: Run, reference: Ref
     ]  # fmt: skip
     assert all(item.outcome == "recovered" and item.rung == "restart" for item in found)
     assert {item.tier for item in found} == {"local"}
-    assert {item.replayed for item in found} == {0}  # protect.strict: also when it is lost right after a step
+    assert {item.replayed for item in found} == {0}  # protect.mode=blocking: also when it is lost right after a step
     assert not workers_lost.events("promote", target="node3")
     (spare,) = [node for node in workers_lost.status["nodes"] if node["node"] == "node3"]
     assert spare["status"] == "spare"
