@@ -27,6 +27,8 @@ VALUES = {
     Mapping[str, Any]: st.dictionaries(TEXT, JSON, max_size=3),
     tuple[str, ...]: st.lists(TEXT, max_size=3).map(tuple),
     tuple[int, ...]: st.lists(st.integers(0, 99), max_size=3).map(tuple),
+    tuple[float, ...]: st.lists(NUMBER, max_size=3).map(tuple),
+    tuple[tuple[float, ...], ...]: st.lists(st.lists(NUMBER, max_size=3).map(tuple), max_size=3).map(tuple),
     tuple[tuple[int, ...], ...]: st.lists(st.lists(st.integers(0, 99), max_size=3).map(tuple), max_size=3).map(tuple),
 }
 KINDS = sorted(
