@@ -113,7 +113,7 @@ def _example(section: type[BaseModel] | None, name: int | str, key: str) -> str:
     field = section.model_fields.get(str(name)) if section else None
     if field is None:
         return ""
-    meaning = f" ({field.description})" if field.description else ""
+    meaning = f" ({' '.join(field.description.split())})" if field.description else ""
     if not isinstance(field.default, (str, int, float)):
         return meaning
     default = field.default if isinstance(field.default, str) else _short(field.default)

@@ -95,7 +95,7 @@ def test_the_default_drill_fits_the_run() -> None:
         ("model.lr=.nan", ["model.lr", "a finite number"]),
         ("model.lr=0", ["model.lr", "more than 0"]),
         ("model.dropout=1", ["model.dropout", "less than 1"]),
-        ("protect.mode=maybe", ["protect.mode", '"maybe"', "'interleaved', 'immediate', 'blocking' or 'off'"]),
+        ("protect.mode=maybe", ["protect.mode", '"maybe"', "'immediate', 'interleaved', 'blocking' or 'off'"]),
         ("verify=maybe", ["verify", '"maybe"', "true or false"]),
         ("train.precision=fp8", ["train.precision", "'fp32', 'bf16' or 'fp16'"]),
         ("train.entry=nothing", ["train.entry", "MODULE:FUNCTION"]),

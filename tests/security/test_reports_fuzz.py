@@ -66,6 +66,7 @@ STATUS = {
             "worker": "training",
             "suspected_for": ["exit"],
             "avoided_for": [],
+            "hurry": "",
         }
     ],
     "verdict": "",

@@ -94,6 +94,7 @@ class World:
             "nbytes": record.nbytes,
             "checksum": record.checksum,
             "deadline_s": float(deadline_s),
+            "patience_s": 0.0,
         }
         self.send(rank, "Pull", **order)
 
