@@ -44,6 +44,7 @@ class Invariants:
         self._reached: dict[tuple[str, int], int] = {}  # (node, life) -> the newest generation that it obeyed
         self._safe_on_disk = FRESH  # the step that counts as safe because of its checkpoint alone
         self._safe: dict[int, dict[int, int]] = {}  # step -> rank -> checksum, of the newest safe step
+        self._loaded = FRESH  # the step of the last plan, when it was read from the persistent tier
         self._held: dict[int, set[tuple[str, int]]] = {}  # rank -> who holds it of that step, until there is a plan
 
     def one_history(self, at_step: int, contents: "dict[int, Content | None]") -> int:
@@ -135,7 +136,8 @@ class Invariants:
                 lost = not node.up or node.life > 0  # nobody need have noticed yet
                 if not lost and not any(c.rank == rank and c.step >= at_step for c in node.arena.values()):
                     raise Broken(f"I3: step {at_step} is called safe, but {node.name} does not hold rank {rank} of it")
-        if all(cluster.copies.get((rank, at_step)) for rank in cluster.ranks):  # not lost again in the same breath
+        known = all(cluster.copies.get((rank, at_step)) for rank in cluster.ranks)  # not lost again in the same breath
+        if known and at_step:  # the state before the first step is what a fresh start makes, too
             checksums = {r: next(iter(cluster.copies[r, at_step].values())).checksum for r in cluster.ranks}
             self._safe = {at_step: checksums}
             table = enumerate(holders(rules.world_size, rules.replicas, rules.placement))
@@ -165,9 +167,11 @@ class Invariants:
                 )
             from_disk = any(move["tier"] == "persistent" for move in moves) and to_step != cluster.through_disk
             readable = not any(member.hostless for member in cluster.members.values())
-            if from_disk and readable and to_step == max(self._safe):
+            again = to_step == self._loaded  # what lies in one arena from both tiers is reported as one
+            if from_disk and readable and not again and to_step == max(self._safe):
                 raise Broken(f"I3: step {to_step} from the persistent tier, though memory has {self._safe} ({reason})")
         self._held = {}
+        self._loaded = to_step if any(move["tier"] == "persistent" for move in moves) else FRESH
         if to_step < self._safe_on_disk and self._lies_on_disk(self._safe_on_disk):
             raise Broken(f"I3: back to step {to_step}, though step {self._safe_on_disk} is on disk ({reason})")
         self._safe_on_disk = FRESH
