@@ -49,7 +49,7 @@ lab: .venv/.ready ## JupyterLab on notebooks/
 	exec $(PY) -m jupyterlab "$${as_root[@]}" $(ARGS) notebooks/
 
 bench: .venv/.ready ## all of benchmarks/, one after another
-	@for script in benchmarks/*.py; do $(PY) "$$script" $(ARGS); done
+	@for script in benchmarks/*.py; do name=$${script##*/}; $(PY) -m "benchmarks.$${name%.py}" $(ARGS); done
 
 clean: ## remove .venv and every cache (runs/ is kept)
 	@rm -rf .venv .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache build ./*.egg-info

@@ -3,8 +3,8 @@
 Four nodes of the tests' Slurm, each a set of namespaces on this machine, with links of RATE both ways (token bucket):
 slow enough that the network and not the processors are the limit. Every run is a job of its own that trains the small
 GPT-2; off has no snapshots between its start and its end. `python -m benchmarks.interleaving [RUNS [MBIT]]` writes
-benchmarks/results/interleaving.json: for each mode the median step of each run, after the profile is there, how often a
-snapshot was taken, and how long it took to be safe.
+benchmarks/results/interleaving.json: for each mode the median step of each run, after the profile is there, and how
+often a snapshot was taken.
 """
 
 import json

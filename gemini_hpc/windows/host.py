@@ -215,6 +215,7 @@ class Host:
                 reason = str(failure)
             except MPI.Exception as failure:
                 reason = failure.Get_error_string().splitlines()[-1].strip()
+            self.waits_for_span = False
             self.arena.write_record(area, half, Record() if reason else wanted)
         at = (order.generation, order.rank, order.step, order.source, area, half, nbytes, order.checksum)
         self.agent.send(Copied(self.node, *at, not reason, reason, time.monotonic() - ordered, hurry))

@@ -227,14 +227,20 @@ def test_a_follower_answers_no_new_leader_while_the_old_ones_lease_runs() -> Non
     assert agents.acting() == ["n1"]
 
 
-def test_a_dead_node_counts_until_the_lease_that_it_gave_has_run_out() -> None:
-    """n0 lives on the answers of n3 and n4 when they die; n1 and n2, cut off from it, must not be a majority yet."""
+def led_by_those_who_die() -> Agents:
+    """n0 leads by the answers of n3 and n4, cut off from n1 and n2; these hear that n3 and n4 have died."""
     agents = Agents(5)
     agents.run(1.0)
     agents.split(["n0", "n3", "n4"])
     agents.run(2 * LEASE_S)
     assert agents.acting() == ["n0"]
     agents.die("n3", "n4", seen_by=["n1", "n2"])
+    return agents
+
+
+def test_a_dead_node_counts_until_the_lease_that_it_gave_has_run_out() -> None:
+    """n0 lives on the answers of n3 and n4 when they die; n1 and n2, cut off from it, must not be a majority yet."""
+    agents = led_by_those_who_die()
     for _ in range(60):  # the assertion is in `give`: never two
         agents.run(STEP_S)
     assert agents.acting() in (["n1"], ["n2"])
@@ -366,13 +372,8 @@ def test_the_answer_of_a_node_that_came_back_makes_no_majority() -> None:
 
 
 def test_the_answers_of_nodes_that_came_back_do_not_prolong_a_lease() -> None:
-    """n0 led with n3 and n4, which die; it hears of that late, and from them in their next lives at once."""
-    agents = Agents(5)
-    agents.run(1.0)
-    agents.split(["n0", "n3", "n4"])
-    agents.run(2 * LEASE_S)
-    assert agents.acting() == ["n0"]
-    agents.die("n3", "n4", seen_by=["n1", "n2"])
+    """n0 hears late that n3 and n4 are dead, and from them in their next lives at once."""
+    agents = led_by_those_who_die()
     agents.run(LEASE_S / 2)
     for name in ("n3", "n4"):
         agents.give("n0", "", NodeExited(name, "its agent is gone"))
