@@ -135,6 +135,13 @@ def test_the_good_one(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert answers(lambda: write_report(run_dir))
 
 
+@pytest.mark.parametrize("state", ["running", "finished"])
+def test_a_run_that_ended_without_a_word(run_dir: Path, state: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (run_dir / "status.json").write_text(json.dumps(STATUS | {"state": state}))
+    assert status.main([str(run_dir)]) == 0
+    assert ("ended without a word" in capsys.readouterr().out) == (state == "running")
+
+
 @pytest.mark.parametrize("content", BYTES, ids=lambda content: ascii(content[:24]))
 @pytest.mark.parametrize("name", ["status.json", "events/node0.jsonl", "reference/losses.jsonl", "config.yaml"])
 def test_any_bytes_in_any_file(run_dir: Path, name: str, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
