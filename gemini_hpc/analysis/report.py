@@ -106,7 +106,7 @@ def _page(run_dir: Path, config: Mapping[str, Any], events: Sequence[Event], ref
         parts.append(_figure(heading, _sentence(timeline.summary(item)), figures.recovery(item)))
     traffic = frames.traffic(events)
     if len(traffic):
-        parts.append(_figure("Traffic", _idle(events), figures.traffic(traffic)))
+        parts.append(_figure("Traffic", _idle(config, events), figures.traffic(traffic)))
     memory = frames.memory(events)
     checkpoints, _ = survey(run_dir)
     stored = sum(checkpoint.nbytes for checkpoint in checkpoints)
@@ -239,13 +239,14 @@ def _figure(heading: str, caption: str, figure: go.Figure) -> str:
     return f'<section><h2>{escape(heading)}</h2><p>{escape(caption)}</p><div class="figure">{html}</div></section>'
 
 
-def _idle(events: Sequence[Event]) -> str:
+def _idle(config: Mapping[str, Any], events: Sequence[Event]) -> str:
     """What the newest profile says of the network's idle time."""
     last = [event for event in events if event["kind"] == "collectives"][-1]
     share = last["idle_s"] / last["step_s"] if last["step_s"] else 0.0
+    gated = _part(config, "protect").get("mode") == "interleaved"
     return (
         f"Training leaves the network idle for {share:.0%} of a step of {number(last['step_s'] * 1e3)} ms (its spans"
-        f" vary by {last['spread']:.0%}); that is when replicas are read."
+        f" vary by {last['spread']:.0%}){'; that is when replicas are read' if gated else ''}."
     )
 
 

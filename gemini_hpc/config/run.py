@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from gemini_hpc.config.site import SiteConfig
 from gemini_hpc.config.validation import Section
@@ -90,6 +90,12 @@ class ProtectConfig(Section):
     """steps between two checkpoints on the persistent tier"""
     keep: int = Field(3, ge=1)
     """newest checkpoints kept on the persistent tier"""
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _off_is_a_mode(cls, value: Any) -> Any:
+        """YAML reads a bare `off` as false."""
+        return "off" if value is False else value
 
     @property
     def snapshot_every(self) -> int:

@@ -305,16 +305,16 @@ class Written(Event):
 class Profiled(Event):
     """From the worker, and on to the window host: what some steps up to `step` had in common, times in seconds.
 
-    `spans_s`: the mean idle time of the network before each collective of a step; `spread`: their normalized standard
-    deviation. `stamps`: the collectives of step `step` as (begin, end, bytes) by the node's monotonic clock, when they
-    are to be logged.
+    `idle_s`, `spread` and `spans_s` are those of `core.schedule.Profile`. `stamps`: the collectives of step `step` as
+    (begin, end, bytes) by the node's monotonic clock, when they are to be logged.
     """
 
     rank: int
     step: int
     step_s: float
-    spans_s: tuple[float, ...]
+    idle_s: float
     spread: float
+    spans_s: tuple[float, ...]
     stamps: tuple[tuple[float, ...], ...]
 
 

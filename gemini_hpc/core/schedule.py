@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from math import ceil, inf
 
 SHARE = 0.8
-"""Of a predicted span this much is used (the paper's mu): spans vary, and a chunk that is late delays a collective."""
+"""Of a mean span this much is used at most (the paper's mu): a chunk that is late delays a collective."""
+
+DEVIATIONS = 2.0
+"""A span is counted on for its mean less this many standard deviations."""
 
 SMALLEST_BYTES = 64 << 10
 """A chunk that is not the last of its snapshot has at least so many bytes: less is not worth a read."""
@@ -55,7 +58,7 @@ class Partition:
 
 
 def partition(spans_s: Sequence[float], copies: Sequence[int], chunk_bytes: int, link: Link) -> Partition:
-    """Put the bytes of the snapshots that a node reads (`copies`, m - 1 of them) into the idle spans of one step."""
+    """Put the bytes of the snapshots that a node reads (`copies`, m - 1 of them) into the usable spans of one step."""
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes must be at least 1, not {chunk_bytes}")
     if link.bytes_per_s <= 0 or link.startup_s < 0:
@@ -63,7 +66,7 @@ def partition(spans_s: Sequence[float], copies: Sequence[int], chunk_bytes: int,
     waiting = [nbytes for nbytes in copies if nbytes]
     chunks: list[tuple[int, ...]] = []
     for span_s in spans_s:
-        left_s, here = SHARE * span_s, []
+        left_s, here = span_s, []
         while waiting and (size := chunk(left_s, waiting[0], chunk_bytes, link)):
             here.append(size)
             left_s -= link.cost_s(size)
@@ -86,24 +89,24 @@ class Profile:
     """What the steps of some window had in common. Times in seconds."""
 
     step_s: float
-    spans_s: tuple[
-        float, ...
-    ]  # mean idle time before each collective of a step; after the last comes the next step's first
-    spread: float  # standard deviation of the spans over their mean, weighted by it
+    idle_s: float  # of the mean step
+    spread: float  # standard deviation of the idle spans over their mean, weighted by it
+    spans_s: tuple[float, ...]  # before each collective of a step, what can be used; the first begins with the last
 
     def is_like(self, other: "Profile") -> bool:
         """Whether nobody need draw it who has drawn the other."""
-        mine, others = sum(self.spans_s), sum(other.spans_s)
-        return len(self.spans_s) == len(other.spans_s) and abs(mine - others) <= NOTABLE * others
+        alike = abs(self.idle_s - other.idle_s) <= NOTABLE * other.idle_s
+        return alike and len(self.spans_s) == len(other.spans_s)
 
 
 def profile(steps_s: Sequence[float], spans_s: Sequence[Sequence[float]]) -> Profile:
     """Average the idle spans of steps that had the same collectives."""
     count = len(spans_s)
-    means = tuple(sum(column) / count for column in zip(*spans_s, strict=True))
-    deviations = (
+    means = [sum(column) / count for column in zip(*spans_s, strict=True)]
+    deviations = [
         (sum((span - mean) ** 2 for span in column) / count) ** 0.5
         for column, mean in zip(zip(*spans_s, strict=True), means, strict=True)
-    )
+    ]
     idle_s = sum(means)
-    return Profile(sum(steps_s) / count, means, sum(deviations) / idle_s if idle_s else 0.0)
+    usable = (min(SHARE * m, max(0.0, m - DEVIATIONS * d)) for m, d in zip(means, deviations, strict=True))
+    return Profile(sum(steps_s) / count, idle_s, sum(deviations) / idle_s if idle_s else 0.0, tuple(usable))

@@ -90,7 +90,7 @@ def _delegate(name: str) -> Any:
     def call(self: ElasticGroup, *args: Any, **kwargs: Any) -> Any:
         began = time.monotonic()
         work = getattr(self.inner, name)(*args, **kwargs)
-        if self.traffic.is_attached and isinstance(work, gloo.Work):
+        if isinstance(work, gloo.Work):
             self.traffic.stamp(work, began, nbytes_of(args))
         return work
 
@@ -204,7 +204,9 @@ class ElasticWorld:
         It raises RuntimeError when a peer is lost.
         """
         answer = torch.tensor([mine], dtype=torch.int32)
-        work = dist.all_reduce(answer, op=dist.ReduceOp.MIN, async_op=True)
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp.MIN
+        work = self._groups[0].inner.allreduce([answer], options)  # not stamped: no traffic of the training's
 
         def outcome() -> bool:
             work.wait()

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 
-from gemini_hpc.core.schedule import SHARE, Profile, profile
+from gemini_hpc.core.schedule import Profile, profile
 
 WINDOW_STEPS = 20
 """So many steps make a profile (the paper's section 5.3)."""
+
+FIRST_STEPS = 5
+"""The first ones are made of fewer: until there is one, replicas are read at once, which makes spans of its own."""
 
 Stamp = tuple[float, float, int]
 """A collective: when it began and ended (seconds, monotonic clock), and the bytes that this rank gave it."""
@@ -21,14 +24,13 @@ Stamp = tuple[float, float, int]
 @dataclass
 class _Step:
     began: float
+    is_whole: bool  # what was before its first collective is known
     stamps: list[Stamp]
     spans_s: list[float]  # before each of them
 
 
 class Traffic:
     """Stamps every collective of this process, whoever calls it, and says until when the network will be idle.
-
-    From `attach` on; before, nothing is stamped.
 
     A collective belongs to the step in which it began. Between two collectives of which one begins before the other
     ended there is no idle time. Threads: autograd's and gloo's call in here, too.
@@ -37,20 +39,19 @@ class Traffic:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open_gate: Callable[[float], None] = lambda until: None
-        self.is_attached = False
         self._epoch = 0
         self._under_way = 0
         self._idle_since = 0.0
         self._step: _Step | None = None
         self._window: list[_Step] = []
+        self._window_steps = FIRST_STEPS
         self._profile: Profile | None = None
-        self._shown: Profile | None = None
+        self._shown: list[Profile] = []
 
     def attach(self, open_gate: Callable[[float], None]) -> None:
         """Have `open_gate(until)` told until when the network is idle: 0 while a collective runs, inf if unknown."""
         with self._lock:
             self._open_gate = open_gate
-            self.is_attached = True
             open_gate(inf)
 
     def stamp(self, work: Any, began: float, nbytes: int) -> None:
@@ -87,32 +88,31 @@ class Traffic:
         following = len(self._step.stamps)
         if following > len(spans):
             return inf  # a step like none before: the next profile will know it
-        return now + SHARE * spans[following % len(spans)]
+        return now + spans[following % len(spans)]
 
     def begin_step(self) -> tuple[Profile, list[Stamp]] | None:
         """A step begins. When a profile was made of the steps before, return it.
 
-        With the stamps of the last of them, when it is unlike the profile of which they were returned before.
+        With the stamps of the last of them, when it is the first, the second (before the first the gate did nothing),
+        or unlike the one of which they were returned before.
         """
-        if not self.is_attached:
-            return None
         now = time.monotonic()
         with self._lock:
-            before, self._step = self._step, _Step(now, [], [])
-            if before is None:
-                self._idle_since = now  # what was before is no part of a step
+            before, self._step = self._step, _Step(now, self._step is not None, [], [])
+            if before is None or not before.is_whole:
                 return None
             if self._window and len(self._window[-1].stamps) != len(before.stamps):
                 self._window.clear()
             self._window.append(before)
-            if len(self._window) <= WINDOW_STEPS:  # the last one's length is known when the next one begins
+            if len(self._window) <= self._window_steps:  # the last one's length is known when the next one begins
                 return None
             steps_s = [after.began - one.began for one, after in zip(self._window, self._window[1:], strict=False)]
             made = self._profile = profile(steps_s, [one.spans_s for one in self._window[:-1]])
             self._window = [before]
-            if self._shown is not None and made.is_like(self._shown):
+            self._window_steps = min(WINDOW_STEPS, 2 * self._window_steps)
+            if len(self._shown) > 1 and made.is_like(self._shown[-1]):
                 return made, []
-            self._shown = made
+            self._shown = [*self._shown[-1:], made]
             return made, before.stamps
 
     def reset(self) -> None:
@@ -122,6 +122,7 @@ class Traffic:
             self._under_way = 0
             self._step = None
             self._window.clear()
+            self._window_steps = FIRST_STEPS
             self._profile = None
             self._open_gate(inf)
 

@@ -49,21 +49,24 @@ def train_step(
     seed: int,
     step: int,
     rank: int,
-    before_update: Callable[[], None] = lambda: None,
+    agree: Callable[[], None] = lambda: None,
 ) -> float:
     """Do optimizer update `step` (all ranks); return this rank's loss, averaged over its micro-batches.
 
-    `before_update` is called once all gradients are there, and may begin a collective.
+    `agree` is called before the last backward pass, and again once all gradients are there: it may begin a collective.
     Blocks on the collectives of the engine's group and raises what they raise when a peer is lost.
     """
     seed_step(seed, step, rank)
     losses = []
     micro_steps = engine.gradient_accumulation_steps()
     for micro_step in range(micro_steps):
+        is_last = micro_step == micro_steps - 1
         loss = training.loss(engine, training.batch(step, rank, micro_step))
+        if is_last:
+            agree()
         engine.backward(loss)
-        if micro_step == micro_steps - 1:
-            before_update()
+        if is_last:
+            agree()
         engine.step()
         losses.append(loss.detach().float())
     return float(torch.stack(losses).mean())

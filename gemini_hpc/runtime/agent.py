@@ -352,7 +352,7 @@ class Agent:
         if isinstance(message, Profiled):
             self._household.send("host", message)
             self._profile = replace(message, stamps=())
-            fields = {"step_s": message.step_s, "idle_s": sum(message.spans_s), "spread": message.spread}
+            fields = {"step_s": message.step_s, "idle_s": message.idle_s, "spread": message.spread}
             if message.stamps:
                 self._events.emit("collectives", step=message.step, rank=message.rank, stamps=message.stamps, **fields)
         else:

@@ -141,8 +141,7 @@ class Worker:
         start = time.monotonic()
         if self._arena is None:
             self._arena = arena = Arena.open(self._paths.arena(self._node))
-            if self._run.protect.mode == "interleaved":
-                self._world.traffic.attach(lambda until: setattr(arena, "idle_until", until))
+            self._world.traffic.attach(lambda until: setattr(arena, "idle_until", until))
         if join.step != FRESH:
             self._verify(self._arena, join)
         rung = self._prepare_engine(join)
@@ -216,17 +215,15 @@ class Worker:
             wait = step == total or blocking
             due = wait or step % self._run.protect.snapshot_every == 0
             votes: list[Callable[[], bool]] = []
-            loss = train_step(
-                self._built.engine,
-                self._built.training,
-                seed,
-                step,
-                join.rank,
-                before_update=lambda wait=wait, votes=votes, due=due: votes.append(self._vote(wait)) if due else None,
-            )
+
+            def agree(due: bool = due, wait: bool = wait, votes: list[Callable[[], bool]] = votes) -> None:
+                if due and not (votes and votes[0]()):
+                    votes.append(self._vote(wait))
+
+            loss = train_step(self._built.engine, self._built.training, seed, step, join.rank, agree)
             if not self._run.train.allow_nan:
                 self._refuse_not_finite(loss, step, join)
-            snapshot_s = self._snapshot(step, loss, join, votes[0], wait) if due else -1.0
+            snapshot_s = self._snapshot(step, loss, join, votes[-1], wait) if due else -1.0
             if blocking:
                 self._wait_until_safe(LATE_S)
             step_s = time.monotonic() - start
@@ -240,8 +237,8 @@ class Worker:
         made = self._world.traffic.begin_step()
         if made is not None:
             profile, stamps = made
-            message = Profiled(self._node, rank, done, profile.step_s, profile.spans_s, profile.spread, tuple(stamps))
-            self._channel.send(message)
+            found = (profile.step_s, profile.idle_s, profile.spread, profile.spans_s)
+            self._channel.send(Profiled(self._node, rank, done, *found, tuple(stamps)))
 
     def _refuse_not_finite(self, loss: float, step: int, join: Join) -> None:
         """Take back a step with a number that is not finite: no snapshot of it may ever be restored.
@@ -271,9 +268,10 @@ class Worker:
     def _vote(self, wait: bool) -> Callable[[], bool]:
         """Begin to find out whether all ranks can take a snapshot (all ranks).
 
-        Called before the update, which hides the time it takes. A snapshot is of use when the one before it is safe
-        everywhere. Where replication is slower than training that is not so in every step, and then snapshots get
-        rarer; all ranks must leave out the same ones, so they vote.
+        Called before the last backward pass, which hides the time it takes, and again before the update if somebody
+        said no. A snapshot is of use when the one before it is safe everywhere. Where replication is slower than
+        training that is not so in every step, and then snapshots get rarer; all ranks must leave out the same ones, so
+        they vote.
         """
         assert self._arena is not None
         return self._world.vote(wait or self._is_safe(self._arena))

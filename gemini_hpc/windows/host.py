@@ -50,9 +50,12 @@ ABANDONED_READS_MAX = 16
 NAME_BYTES = 256
 """More than the name of a node can have."""
 
+UNPIPELINED = "GEMINI_UNPIPELINED"
+"""Set to anything in the environment, each read is stored before the next one begins: to measure what that would cost."""
+
 IDLE_POLL_S = 0.010
 SERVE_POLL_S = 0.001
-SPAN_POLL_S = 0.0005
+SPAN_POLL_S = 0.002
 """How often a read that waits for an idle span looks whether one has begun."""
 
 Job = Iterator[bool]
@@ -100,6 +103,7 @@ class Host:
         self.window.Lock_all(MPI.MODE_NOCHECK)
         self.pace = Pace(lambda: arena.idle_until, READ_BYTES, self._connect())
         self.waits_for_span = False
+        self.pipelined = UNPIPELINED not in os.environ
         self.comm.Barrier()
         self.transport_fds = _transport_fds()
         self.wakeups = select.poll()
@@ -261,6 +265,8 @@ class Host:
             yield from stored
             stored = self._store(place, buffer, digest)
             start += size
+            if not self.pipelined:
+                yield from stored
         yield from stored
         if digest.intdigest() != order.checksum:
             raise PullFailed("checksum")

@@ -15,8 +15,8 @@ READS_KEPT = 1000
 FIRST_GUESS = 1e9
 """Bytes per second, before anything was read."""
 
-FADING = 0.9
-"""One slow read lowers the bandwidth that is believed to this much at most: it had to share the link."""
+BELIEVED = 16
+"""The link is believed to carry what so many reads did together: a short one may find all buffers empty on its way."""
 
 
 class Pace:
@@ -55,9 +55,10 @@ class Pace:
     def took(self, nbytes: int, began: float, ended: float) -> None:
         """A read is done."""
         self._reads.append((began, ended, nbytes))
-        moved_s = max(ended - began - self._link.startup_s, 1e-9)
-        believed = max(nbytes / moved_s, FADING * self._link.bytes_per_s)
-        self._link = replace(self._link, bytes_per_s=believed)
+        newest = list(self._reads)[-BELIEVED:]
+        taken_s = max(sum(end - begin for begin, end, _ in newest), 1e-9)
+        moved_s = max(taken_s - len(newest) * self._link.startup_s, taken_s / 2)
+        self._link = replace(self._link, bytes_per_s=sum(size for _, _, size in newest) / moved_s)
 
     def reads_between(self, began: float, ended: float) -> tuple[tuple[float, float, float], ...]:
         """Return those that were under way then, as (begin, end, bytes)."""

@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemini_hpc.core.schedule import SHARE, SMALLEST_BYTES, Link, chunk, partition, profile, steps_per_snapshot
+from gemini_hpc.core.schedule import (
+    DEVIATIONS,
+    SHARE,
+    SMALLEST_BYTES,
+    Link,
+    chunk,
+    partition,
+    profile,
+    steps_per_snapshot,
+)
 
 MB = 1 << 20
 LINK = Link(startup_s=0.001, bytes_per_s=100 * MB)
@@ -14,7 +23,7 @@ LINK = Link(startup_s=0.001, bytes_per_s=100 * MB)
 
 def test_a_span_is_shortened_by_what_a_chunk_costs_and_not_by_all_that_is_left() -> None:
     """The printed text takes off the cost of the remaining bytes, and so puts one chunk into a span."""
-    found = partition([0.1 / SHARE], [100 * MB], 2 * MB, LINK)
+    found = partition([0.1], [100 * MB], 2 * MB, LINK)
     each = LINK.cost_s(2 * MB)
     assert len(found.chunks[0]) == int(0.1 / each) + 1  # the last one fills up what is left
     assert sum(map(LINK.cost_s, found.chunks[0])) == pytest.approx(0.1, abs=1e-6)
@@ -28,7 +37,7 @@ def test_each_node_reads_one_copy_less_than_there_are(replicas: int) -> None:
     assert found.left_bytes == 0
 
 
-@pytest.mark.parametrize("span_s", [0.0, 0.0005, 0.001 / SHARE, 0.00101 / SHARE])
+@pytest.mark.parametrize("span_s", [0.0, 0.0005, 0.001, 0.00101])
 def test_a_span_that_is_too_short_for_any_byte_ends(span_s: float) -> None:
     """The printed loop goes on for ever where 0 < remaining span <= alpha."""
     found = partition([span_s, 1.0], [3 * MB], MB, LINK)
@@ -53,12 +62,12 @@ def test_whatever_is_asked_for_nothing_is_lost_and_no_span_is_overrun(
     found = partition(spans, copies, chunk_bytes, link)
     assert sum(map(sum, found.chunks)) + found.left_bytes == sum(copies)
     for span, chunks in zip(spans, found.chunks, strict=True):
-        assert sum(map(link.cost_s, chunks)) <= SHARE * span + 1e-9 * len(chunks)
+        assert sum(map(link.cost_s, chunks)) <= span + 1e-9 * len(chunks)
         assert all(0 < size <= chunk_bytes for size in chunks)
 
 
 def test_a_slow_link_takes_the_idle_spans_of_several_steps_and_none_for_ever() -> None:
-    spans = [0.05 / SHARE] * 4  # 49 ms of bytes each
+    spans = [0.05] * 4  # 49 ms of bytes each
     per_step = 4 * int(0.049 * LINK.bytes_per_s)
     assert steps_per_snapshot(spans, per_step, 1 << 30, LINK) == 1
     assert steps_per_snapshot(spans, per_step + 1, 1 << 30, LINK) == 2
@@ -81,8 +90,15 @@ def test_a_small_chunk_is_read_only_when_it_is_the_last() -> None:
 def test_a_profile_has_the_mean_and_the_spread_of_each_span() -> None:
     found = profile([1.0, 3.0], [[0.1, 0.4], [0.3, 0.4]])
     assert found.step_s == 2.0
-    assert found.spans_s == pytest.approx((0.2, 0.4))
+    assert found.idle_s == pytest.approx(0.6)
     assert found.spread == pytest.approx(0.1 / 0.6)
     assert profile([1.0], [[]]).spread == 0.0
     assert not found.is_like(profile([1.0], [[0.1, 0.2]]))
     assert found.is_like(profile([9.0], [[0.15, 0.45]]))
+
+
+def test_of_a_span_is_used_what_nearly_every_step_has_of_it() -> None:
+    """The paper's mu alone would put reads into a span that half of the steps do not have."""
+    steady, erratic, never = [0.1, 0.1], [0.05, 0.15], [0.0, 0.02]
+    found = profile([1.0, 1.0], list(zip(steady, erratic, never, strict=True)))
+    assert found.spans_s == pytest.approx((SHARE * 0.1, 0.1 - DEVIATIONS * 0.05, 0.0))

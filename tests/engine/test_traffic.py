@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gemini_hpc.core.schedule import SHARE
-from gemini_hpc.engine.traffic import WINDOW_STEPS, Traffic, nbytes_of
+from gemini_hpc.engine.traffic import FIRST_STEPS, WINDOW_STEPS, Traffic, nbytes_of
 
 
 class Work:
@@ -60,10 +60,12 @@ class Training:
 
 def test_the_profile_has_the_idle_span_before_each_collective(clock: Clock) -> None:
     training = Training(clock)
-    made = [training.step() for _ in range(WINDOW_STEPS + 2)]
-    assert made[:-1] == [None] * (WINDOW_STEPS + 1)
+    made = [training.step() for _ in range(FIRST_STEPS + 3)]
+    assert made[:-1] == [None] * (FIRST_STEPS + 2)
     profile, stamps = made[-1]
-    assert profile.spans_s == pytest.approx((0.040, 0.020, 0.0), abs=0.002)  # the first: since the step before
+    usable = (SHARE * 0.040, SHARE * 0.020, 0.0)  # the first: since the step before
+    assert profile.spans_s == pytest.approx(usable, abs=0.002)
+    assert profile.idle_s == pytest.approx(0.060, abs=0.002)
     assert profile.step_s == pytest.approx(0.064)
     assert [nbytes for _, _, nbytes in stamps] == [8, 8, 8]
     assert [round(end - began, 3) for began, end, _ in stamps] == [0.002, 0.001, 0.002]
@@ -89,8 +91,8 @@ def test_the_gate_is_shut_while_anything_runs_and_open_as_long_as_the_profile_pr
 
 def test_another_sort_of_step_makes_another_profile(clock: Clock) -> None:
     training = Training(clock)
-    for _ in range(WINDOW_STEPS + 2):
-        training.step()
+    while training.step() is None:
+        pass
     made = [training.step(collectives=2) for _ in range(WINDOW_STEPS + 2)]
     profile, stamps = next(item for item in made if item is not None)
     assert len(profile.spans_s) == len(stamps) == 2
@@ -98,8 +100,8 @@ def test_another_sort_of_step_makes_another_profile(clock: Clock) -> None:
 
 def test_a_profile_like_the_one_before_is_not_to_be_drawn_again(clock: Clock) -> None:
     training = Training(clock)
-    made = [training.step() for _ in range(2 * WINDOW_STEPS + 2)]
-    assert [len(item[1]) for item in made if item is not None] == [3, 0]
+    made = [training.step() for _ in range(3 + 7 * FIRST_STEPS)]
+    assert [len(item[1]) for item in made if item is not None] == [3, 3, 0]
 
 
 def test_a_group_that_was_left_has_nothing_under_way(clock: Clock) -> None:
