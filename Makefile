@@ -48,8 +48,9 @@ lab: .venv/.ready ## JupyterLab on notebooks/
 	@as_root=(); if [ "$$(id -u)" = 0 ]; then as_root=(--allow-root); fi
 	exec $(PY) -m jupyterlab "$${as_root[@]}" $(ARGS) notebooks/
 
-bench: .venv/.ready ## all of benchmarks/, one after another
-	@for script in benchmarks/*.py; do name=$${script##*/}; $(PY) -m "benchmarks.$${name%.py}" $(ARGS); done
+BENCH ?= snapshot pull decisions interleaving
+bench: .venv/.ready ## tables of what protection costs (15 minutes; BENCH="recovery steadiness": the other two)
+	@for name in $(BENCH); do echo "== $$name"; $(PY) -m "benchmarks.$$name" $(ARGS); done
 
 clean: ## remove .venv and every cache (runs/ is kept)
 	@rm -rf .venv .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache build ./*.egg-info

@@ -3,7 +3,7 @@
 A cluster of N nodes (one in a hundred a spare, m = 2) is brought by real events, one from each node, into the middle of
 a step: all but 200 have stepped and sealed their snapshots, and half of the replicas are being read. Every decision is
 taken from that one state, for `coordinator.step` is pure. Times are of the processor: nothing else is waited for.
-`python benchmarks/decisions.py [N ...]` writes benchmarks/results/decisions.json.
+`python -m benchmarks.decisions [N ...]` writes benchmarks/results/decisions.json.
 """
 
 import json

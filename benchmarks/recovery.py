@@ -1,7 +1,7 @@
 """From the death of a node to the first new step, on the embedded cluster: real runs, real SIGKILL.
 
 Each run trains the small GPT-2 on 4 nodes and 1 spare and loses a node in the middle of a step; the milestones are
-those of its event log. `python benchmarks/recovery.py [KIND ...]` writes benchmarks/results/recovery.json. Kinds:
+those of its event log. `python -m benchmarks.recovery [KIND ...]` writes benchmarks/results/recovery.json. Kinds:
 node (hot swap), worker (restart on the same node), rebuild (the engine is built anew).
 """
 

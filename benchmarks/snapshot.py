@@ -3,7 +3,7 @@
 Two ranks in a real group, each the engine of GPT-2 of several sizes (as rank 0 or 1 of 4), in the environment of a
 worker. In every turn, after other memory was written as an update does, they either take a snapshot, all of it: the
 outcome of the vote that was cast before the update, the small state, the records and the copy; or copy as many bytes by
-one memmove. `python benchmarks/snapshot.py` writes benchmarks/results/snapshot.json.
+one memmove. `python -m benchmarks.snapshot` writes benchmarks/results/snapshot.json.
 """
 
 import json

@@ -2,7 +2,7 @@
 
 The small GPT-2 trains on 4 nodes and 1 spare while as many processes as BUSY do nothing but compute, beside whatever
 else the machine does. Nothing is made to fail: every suspicion, eviction, election or repeated step would be a false
-one. `python benchmarks/steadiness.py [MINUTES]` writes benchmarks/results/steadiness.json.
+one. `python -m benchmarks.steadiness [MINUTES]` writes benchmarks/results/steadiness.json.
 """
 
 import json

@@ -239,6 +239,23 @@ class ElasticWorld:
         return generation <= self._ended_through
 
 
+class Agreement:
+    """On one question, which all ranks ask at the same moments: a yes of all stands, after a no they vote again."""
+
+    def __init__(self, cast: Callable[[], Callable[[], bool]]) -> None:
+        """`cast` casts this rank's vote, as it is by then, and returns what waits for the outcome."""
+        self._cast = cast
+        self._reached: Callable[[], bool] = lambda: False
+
+    def vote(self) -> None:
+        if not self._reached():
+            self._reached = self._cast()
+
+    def reached(self) -> bool:
+        """Wait for the last vote; whether all said yes."""
+        return self._reached()
+
+
 def _fake_group(rank: int, size: int) -> ProcessGroup:
     group = ProcessGroup(dist.HashStore(), rank, size)
     backend = FakeProcessGroup._create_internal(rank, size)

@@ -9,6 +9,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from math import inf, isfinite, nan
 
 logging.disable(logging.INFO)  # the libraries' chatter; errors still reach the log
@@ -35,7 +36,7 @@ from gemini_hpc.core.messages import (  # noqa: E402
 from gemini_hpc.core.types import FRESH  # noqa: E402
 from gemini_hpc.engine import builder, reset  # noqa: E402
 from gemini_hpc.engine.capture import Place  # noqa: E402
-from gemini_hpc.engine.elastic import ElasticWorld, is_peer_failure  # noqa: E402
+from gemini_hpc.engine.elastic import Agreement, ElasticWorld, is_peer_failure  # noqa: E402
 from gemini_hpc.engine.training import not_finite, train_step  # noqa: E402
 from gemini_hpc.errors import GeminiError, UserError  # noqa: E402
 from gemini_hpc.runtime.channel import Channel  # noqa: E402
@@ -214,16 +215,12 @@ class Worker:
             blocking = self._run.protect.mode == "blocking"
             wait = step == total or blocking
             due = wait or step % self._run.protect.snapshot_every == 0
-            votes: list[Callable[[], bool]] = []
-
-            def agree(due: bool = due, wait: bool = wait, votes: list[Callable[[], bool]] = votes) -> None:
-                if due and not (votes and votes[0]()):
-                    votes.append(self._vote(wait))
-
+            agreement = Agreement(partial(self._vote, wait))
+            agree = agreement.vote if due else lambda: None
             loss = train_step(self._built.engine, self._built.training, seed, step, join.rank, agree)
             if not self._run.train.allow_nan:
                 self._refuse_not_finite(loss, step, join)
-            snapshot_s = self._snapshot(step, loss, join, votes[-1], wait) if due else -1.0
+            snapshot_s = self._snapshot(step, loss, join, agreement.reached, wait) if due else -1.0
             if blocking:
                 self._wait_until_safe(LATE_S)
             step_s = time.monotonic() - start

@@ -51,7 +51,7 @@ NAME_BYTES = 256
 """More than the name of a node can have."""
 
 UNPIPELINED = "GEMINI_UNPIPELINED"
-"""Set to anything in the environment, each read is stored before the next one begins: to measure what that would cost."""
+"""Set in the environment, each read is stored before the next one begins: to measure what that would cost."""
 
 IDLE_POLL_S = 0.010
 SERVE_POLL_S = 0.001

@@ -73,6 +73,13 @@ def test_values_of_overrides_are_yaml() -> None:
     assert run.drills == (Drill(step=3, rank=1, action="kill_worker"),)
 
 
+def test_off_is_a_mode_and_not_no() -> None:
+    """YAML reads a bare `off` as false."""
+    assert load_run(overrides=["protect.mode=off"], site="local").protect.mode == "off"
+    with pytest.raises(UserError, match=r"protect\.mode"):
+        load_run(overrides=["protect.mode=on"], site="local")
+
+
 def test_the_default_drill_fits_the_run() -> None:
     assert load_run(overrides=["train.steps=30"], nodes=2, site="local").drills == (Drill(step=15, rank=1),)
     assert load_run(overrides=["drills.0.phase=forward", "train.steps=30"], site="local").drills[0].step == 15
