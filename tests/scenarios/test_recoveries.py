@@ -8,6 +8,7 @@ import pytest
 
 from gemini_hpc.core import messages as m
 from gemini_hpc.core.coordinator import step
+from gemini_hpc.core.placement import Form, held_by
 from gemini_hpc.core.recovery import newest_complete
 from gemini_hpc.core.state import Checkpoint, Phase, Worker
 from gemini_hpc.core.view import describe
@@ -225,6 +226,19 @@ def test_a_lost_node_is_replaced_by_the_spare_which_fetches_from_the_holder() ->
     assert {order.node for order in cluster.ordered(m.Gone)} == {"n0", "n1", "n3", "n4"}
     assert [note["generation"] for note in cluster.said("protected")] == [1, 2]
     assert cluster.ordered(m.RestartWorker) == []
+
+
+@pytest.mark.parametrize(("nodes", "form"), [(4, "mixed"), (5, "mixed"), (5, "ring"), (5, "overlap"), (5, "full_tail")])
+def test_after_a_recovery_nothing_is_read_but_what_was_lost(nodes: int, form: Form) -> None:
+    """The spare's own snapshot, and the replicas that the lost node held of others: the fewest bytes."""
+    cluster = started(nodes=nodes + 1, world_size=nodes, placement=form)
+    lost = nodes - 1
+    cluster.kill_node(cluster.cluster.ranks[lost])
+    cluster.run(lambda c: c.running() and any(event["generation"] == 2 for event in c.said("safe")))
+    at_step = plan_of(cluster, 2)["step"]
+    read = [(pull.node, pull.rank) for pull in cluster.ordered(m.Pull) if (pull.generation, pull.step) == (2, at_step)]
+    spare = cluster.cluster.ranks[lost]
+    assert sorted(read) == sorted((spare, rank) for rank in held_by(nodes, 2, form)[lost])
 
 
 def test_a_lost_worker_restarts_on_its_node_and_no_spare_is_used() -> None:
