@@ -9,12 +9,14 @@ loopback, and each side has a core. `python -m benchmarks.pull` writes benchmark
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +55,13 @@ def receive(listener: socket.socket, nbytes: int, took: Any) -> None:
 def run_once(folder: Path, nbytes: int) -> dict[str, float]:
     """Return bytes per second of a pull and of a socket, medians over TURNS."""
     paths = [Path("/dev/shm") / f"benchmark-pull-{os.getpid()}-{rank}" for rank in (0, 1)]
-    arenas = []
-    try:
+    with ExitStack() as stack:
+        for path in paths:
+            stack.callback(path.unlink, missing_ok=True)
         arenas = [Arena.create(path, Geometry(2, nbytes), "benchmark") for path in paths]
-        world = World(folder, arenas).ready()
+        world = World(folder, arenas)
+        stack.callback(world.close)
+        world.ready()
         listener = socket.create_server((address(), 0))
         mine, theirs = multiprocessing.Pipe()
         receiver = multiprocessing.Process(target=receive, args=(listener, nbytes, theirs), daemon=True)
@@ -76,15 +81,12 @@ def run_once(folder: Path, nbytes: int) -> dict[str, float]:
             taken["socket"].append(mine.recv())
         mine.send(False)
         receiver.join()
-        world.close()
-    finally:
-        for path in paths:
-            path.unlink(missing_ok=True)
     pull_s, socket_s = (statistics.median(each[WARM_UP:]) for each in taken.values())
     return {"pull_bytes_per_s": nbytes / pull_s, "socket_bytes_per_s": nbytes / socket_s, "ratio": socket_s / pull_s}
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the hosts are ended first
     results = []
     for nbytes in SIZES:
         runs = []
