@@ -102,7 +102,7 @@ class Traffic:
             if before is None or not before.is_whole:
                 return None
             if self._window and len(self._window[-1].stamps) != len(before.stamps):
-                self._window.clear()
+                self._begin_anew()
             self._window.append(before)
             if len(self._window) <= self._window_steps:  # the last one's length is known when the next one begins
                 return None
@@ -115,14 +115,18 @@ class Traffic:
             self._shown = [*self._shown[-1:], made]
             return made, before.stamps
 
+    def _begin_anew(self) -> None:
+        """The steps to come are others than those before."""
+        self._window.clear()
+        self._window_steps = FIRST_STEPS
+
     def reset(self) -> None:
         """The group was left: nothing is under way, and nothing is known of the steps to come for a while."""
         with self._lock:
             self._epoch += 1
             self._under_way = 0
             self._step = None
-            self._window.clear()
-            self._window_steps = FIRST_STEPS
+            self._begin_anew()
             self._profile = None
             self._open_gate(inf)
 
