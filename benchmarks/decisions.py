@@ -69,13 +69,13 @@ class Model:
     def start(self) -> None:
         """A new coordinator takes over: all report what they have, which is step 0 with all its replicas."""
         nodes, areas = self.cluster.rules.nodes, held_by(self.ranks, REPLICAS)
-        self.take([m.Surveyed("", -1, {})])
+        self.take([m.Surveyed("", self.cluster.survey, -1, {})])
         for i, node in enumerate(nodes):
             owners = areas[i] if i < self.ranks else ()
             held = tuple((area, 0, owner, 0, 1, NBYTES, owner) for area, owner in enumerate(owners))
             was = (1, i) if owners else (0, -1)
-            state = (min(i, self.ranks - 1), f"{node}:1", NBYTES, 1, nodes, True, held)
-            self.take([m.Inventory(node, "idle", "", *was, *state)])
+            state = (min(i, self.ranks - 1), f"{node}:1", NBYTES, 1, nodes, True, -1, held)
+            self.take([m.Inventory(node, self.cluster.term, "idle", "", *was, *state)])
 
     def members(self) -> list[tuple[int, str]]:
         return list(self.cluster.ranks.items())
