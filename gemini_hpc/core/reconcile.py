@@ -101,8 +101,9 @@ def _gather(turn: Turn) -> None:
     if reason := _plan_is_void(turn):
         turn.open_generation(reason)
         return
+    alone = recovery.last_copies(cluster, plan.step)
     for rank, node in plan.ranks.items():
-        by_others = recovery.last_copies(cluster, node, plan.step) - {rank}
+        by_others = alone.get(node, set()) - {rank}
         if rank not in cluster.fetched and not (by_others and plan.sources[rank].tier == "peer"):
             _fetch(turn, rank, node)  # else others read first what it would overwrite
     missing = [rank for rank in plan.ranks if rank not in cluster.fetched and plan.sources[rank].tier == "peer"]

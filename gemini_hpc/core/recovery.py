@@ -37,9 +37,10 @@ def assign(cluster: Cluster) -> dict[int, str] | None:
     ranks = {rank: node for rank, node in cluster.ranks.items() if cluster.members[node].able}
     taken = set(ranks.values())
     spares = _spares(cluster, taken)
-    newest = newest_complete(cluster.copies, cluster.rules.world_size)
+    newest, origin = newest_complete(cluster.copies, cluster.rules.world_size)
+    alone = last_copies(cluster, newest)
     for best in (
-        lambda member, rank: _is_ready(member) and newest in _at_home(cluster, member.node, rank),
+        lambda member, rank: _is_ready(member) and _is_at_home(cluster, member.node, rank, newest, origin),
         lambda member, rank: _is_ready(member) and member.built_rank == rank,
         lambda _member, _rank: True,
     ):
@@ -51,7 +52,7 @@ def assign(cluster: Cluster) -> dict[int, str] | None:
                 chosen = min(
                     fits,
                     key=lambda member: (
-                        bool(last_copies(cluster, member.node, newest[0]) - {rank}),
+                        bool(alone.get(member.node, set()) - {rank}),
                         *(member.last_choice, member.worker is not Worker.IDLE),
                         domain_of(cluster.rules.domains, member.node) in beside,
                         *(member.host_world != cluster.world.number, bool(member.held)),
@@ -63,22 +64,21 @@ def assign(cluster: Cluster) -> dict[int, str] | None:
     return dict(sorted(ranks.items())) if len(ranks) == cluster.rules.world_size else None
 
 
-def _at_home(cluster: Cluster, node: str, rank: int) -> set[tuple[int, int]]:
-    """Return of which steps, as (step, origin), a node has a rank's snapshot in its own area."""
-    found = set()
-    for (of_rank, at_step), places in cluster.copies.items():
-        if of_rank == rank and node in places and places[node].area == 0:
-            found.add((at_step, places[node].origin))
+def _is_at_home(cluster: Cluster, node: str, rank: int, at_step: int, origin: int) -> bool:
+    """Whether a node has a rank's snapshot of a step in its own area."""
+    copy = cluster.copies.get((rank, at_step), {}).get(node)
+    return copy is not None and (copy.area, copy.origin) == (0, origin)
+
+
+def last_copies(cluster: Cluster, at_step: int) -> dict[str, set[int]]:
+    """Return the ranks of whose snapshot of a step there is none but in one node's own area, where it would restore."""
+    found: dict[str, set[int]] = {}
+    for (rank, step), places in cluster.copies.items():
+        if step == at_step and len(places) == 1:
+            ((node, copy),) = places.items()
+            if copy.area == 0:
+                found.setdefault(node, set()).add(rank)
     return found
-
-
-def last_copies(cluster: Cluster, node: str, at_step: int) -> set[int]:
-    """Return the ranks of whose snapshot of a step there is none but in the node's own area, where it would restore."""
-    return {
-        rank
-        for (rank, step), places in cluster.copies.items()
-        if step == at_step and set(places) == {node} and places[node].area == 0
-    }
 
 
 def _domains_beside(rules: Rules, ranks: Mapping[int, str], rank: int) -> set[str]:
