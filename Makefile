@@ -48,8 +48,8 @@ lab: .venv/.ready ## JupyterLab on notebooks/
 	@as_root=(); if [ "$$(id -u)" = 0 ]; then as_root=(--allow-root); fi
 	exec $(PY) -m jupyterlab "$${as_root[@]}" $(ARGS) notebooks/
 
-BENCH ?= snapshot pull decisions interleaving
-bench: .venv/.ready ## tables of what protection costs (15 minutes; BENCH="recovery steadiness": the other two)
+BENCH ?= snapshot pull interleaving
+bench: .venv/.ready ## tables of what protection costs (13 minutes; BENCH="decisions recovery steadiness": the others)
 	@for name in $(BENCH); do echo "== $$name"; $(PY) -m "benchmarks.$$name" $(ARGS); done
 
 clean: ## remove .venv and every cache (runs/ is kept)
